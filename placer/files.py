@@ -1,0 +1,85 @@
+"""Writing files so that nothing is half-written and nothing is overwritten silently."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from placer.errors import BadFileError, UsageError
+
+
+def refuse_overwrite(path: Path, force: bool) -> None:
+    """Raise UsageError when `path` exists and the user did not say --force."""
+    if path.exists() and not force:
+        raise UsageError(f"{path} exists already", "give another path, or --force to replace it")
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path, *, force: bool = False) -> Iterator[Path]:
+    """Give a temporary path beside `path`; rename it to `path` when the block succeeds.
+
+    When the block raises, the temporary file is removed and `path` is as it was.
+    """
+    refuse_overwrite(path, force)
+    if not path.parent.is_dir():
+        raise UsageError(f"the folder {path.parent} does not exist", f"mkdir -p {path.parent}")
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, document: Any, *, force: bool = False) -> None:
+    """Write `document` as indented JSON, atomically."""
+    with atomic_path(path, force=force) as temporary:
+        temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, expected_format: str, newest_version: int) -> dict[str, Any]:
+    """Read a JSON object that names its format and version.
+
+    Args:
+        path: the file.
+        expected_format: what its key `format` must say, e.g. "placer.plan".
+        newest_version: the newest `schema_version` that this program understands.
+
+    Raises:
+        BadFileError: missing, not JSON, of another format, or of a newer version.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadFileError(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise BadFileError(f"{path} is a folder, not a {expected_format} file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadFileError(f"{path} cannot be read: {error}") from None
+    except json.JSONDecodeError as error:
+        raise BadFileError(
+            f"{path} is not valid JSON: {error.msg} at line {error.lineno}",
+            "was the file truncated? make it anew",
+        ) from None
+    found = document.get("format") if isinstance(document, dict) else None
+    if found != expected_format:
+        raise BadFileError(f"{path} is not a {expected_format} file (its format says {found!r})")
+    version = document.get("schema_version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise BadFileError(f"{path} has schema_version {version!r}, expected 1..{newest_version}")
+    if version > newest_version:
+        raise BadFileError(
+            f"{path} has schema_version {version}, this placer reads up to {newest_version}",
+            "install a newer moe-placer",
+        )
+    return document

@@ -1,0 +1,25 @@
+"""Placement solvers for Mixture-of-Experts inference: arrays in, arrays out.
+
+    result = solvers.solve(solvers.Problem(load=load, num_ranks=8, ...), solver="eplb", seed=0)
+
+This package knows nothing of files, torch or the command line.
+"""
+
+from solvers.budget import Budget
+from solvers.problem import Problem
+from solvers.registry import get, names, register
+from solvers.result import InfeasibleProblem, NoSolutionFound, Result, Solution
+from solvers.solving import solve
+
+__all__ = [
+    "Budget",
+    "InfeasibleProblem",
+    "NoSolutionFound",
+    "Problem",
+    "Result",
+    "Solution",
+    "get",
+    "names",
+    "register",
+    "solve",
+]

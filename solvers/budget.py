@@ -1,0 +1,40 @@
+"""`Budget`: when a solver must stop."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Budget:
+    """A wall-clock limit and a flag that Ctrl-C or another thread may set.
+
+    A solver asks `expired()` between pieces of work of at most some 0.1 s and, once it says true,
+    returns the best placement that it has.
+
+    Attributes:
+        seconds: wall-clock limit from the moment of construction; None = none.
+    """
+
+    seconds: float | None = None
+    _start: float = field(default_factory=time.monotonic)
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    def stop(self) -> None:
+        """Ask the solver to finish."""
+        self._stop.set()
+
+    @property
+    def interrupted(self) -> bool:
+        return self._stop.is_set()
+
+    def remaining(self) -> float:
+        """Seconds left; infinity without a limit."""
+        if self.seconds is None:
+            return float("inf")
+        return max(0.0, self.seconds - (time.monotonic() - self._start))
+
+    def expired(self) -> bool:
+        return self._stop.is_set() or self.remaining() <= 0.0
