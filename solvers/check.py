@@ -1,4 +1,398 @@
 """The independent checker: is a placement sound, and what is it worth?
 
-No solver shares this code. It recomputes everything from the problem's arrays.
+No solver shares this code. It recomputes everything from the problem's arrays, so its figures are
+in-sample: they describe the data that the placement was fitted to.
+
+Which copy serves a token. An expert with one copy is served there. An expert with several copies is
+served on the token's home rank if a copy is there, else on a rank that the token uses anyway (for
+its single-copy experts, for experts served at home, or for an earlier expert of its list), else on
+the copy whose rank has the least load; among several used ranks also the one with the least load.
+A rank's load is static here: that of the problem, a replicated expert's split evenly over its
+copies; ties go to the lower rank.
 """
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from solvers.problem import Dispatch, Problem
+
+
+def check(problem: Problem, placement: NDArray[np.integer]) -> dict[str, float]:
+    """The figures of a placement; ValueError when it is unsound.
+
+    Args:
+        problem: what was to be placed.
+        placement: [L, S] logical expert of each slot, -1 = empty.
+
+    Returns:
+        imbalance: mean over layers of max / mean rank load (1 for a layer without load).
+        imbalance_max: the same of the worst layer.
+        max_rank_load: mean over layers of the busiest rank's load, token-expert pairs.
+
+        From `tokens`, means over tokens and layers (a token without experts in a layer counts, with
+        span 0):
+
+        span, node_span: ranks and nodes that serve the token, under the problem's dispatch (with
+            replicas the home rank, and so the copy that serves, depends on it).
+        messages_alltoall: ranks that serve the token, without its home rank. Without `home` it is
+            the expectation over a uniformly random one that does not sway the choice of copies:
+            span x (1 - 1/G).
+        messages_coherent: the same plus span - 1 for bringing the results to the rank of the
+            primary expert (column 0 without `primary`), which becomes the next layer's home.
+            Without `home` the first layer's is as above.
+        node_messages: the same for nodes, under the problem's dispatch.
+        imbalance_batch, imbalance_batch_p95: with `batch`: mean and 95th percentile over batches
+            and layers of max / mean rank load within the batch, copies loaded evenly.
+
+        From `affinity` and `coactivation`:
+
+        cross_rank_fraction: share of the flow between consecutive layers that changes rank. With
+            replicas each copy of the first expert serves an equal share of its flow, and flow stays
+            if the second expert has a copy on that copy's rank.
+        coactivation_cut: share of the co-activated pairs of different experts without a rank that
+            holds both.
+        span_pairwise, messages_pairwise, node_messages_pairwise: only when `tokens` are absent:
+            stand-ins for the exact figures, see `_pairwise_surrogate`.
+
+    Complexity: O(L T (G + K)), with replicas O(L T K G) for the tokens that use one.
+    """
+    copies = _copies(problem, placement)
+    rank_load = _rank_load(problem.load, copies)
+    mean = rank_load.mean(axis=1)
+    worst = rank_load.max(axis=1)
+    imbalance = np.divide(worst, mean, out=np.ones_like(mean), where=mean > 0)
+    figures = {
+        "imbalance": float(imbalance.mean()),
+        "imbalance_max": float(imbalance.max()),
+        "max_rank_load": float(worst.mean()),
+    }
+    if problem.tokens is not None:
+        figures |= _token_figures(problem, copies, rank_load)
+        if problem.batch is not None:
+            figures |= _batch_figures(problem.tokens, problem.batch, copies)
+    if problem.affinity is not None and problem.num_layers > 1:
+        within = _flow_within(problem.affinity, copies)
+        total = float(problem.affinity.sum())
+        figures["cross_rank_fraction"] = 1.0 - within / total if total > 0 else 0.0
+    if problem.coactivation is not None:
+        figures["coactivation_cut"] = _cut(problem.coactivation, copies)[0]
+        if problem.tokens is None:
+            figures |= _pairwise_surrogate(problem, copies)
+    return figures
+
+
+def objective(problem: Problem, parts: dict[str, float]) -> float:
+    """The value of the problem's objective, from the figures that `check` gave.
+
+    traffic: messages of the problem's dispatch + node_weight x node messages. `allgather` sends
+        every token to every rank: G - 1 messages and N - 1 node messages, whatever the placement.
+        Without `tokens` the pairwise stand-ins take the place of the exact messages.
+    balance: imbalance.
+    latency: microseconds of the mean layer, over all the tokens that `load` counts:
+        latency_load_us x max_rank_load + latency_message_us x traffic x tokens / G.
+    """
+    if problem.objective == "balance":
+        return parts["imbalance"]
+    traffic = _traffic(problem, parts)
+    if problem.objective == "traffic":
+        return traffic
+    tokens_per_rank = num_tokens(problem) / problem.num_ranks
+    return (
+        problem.latency_load_us * parts["max_rank_load"]
+        + problem.latency_message_us * traffic * tokens_per_rank
+    )
+
+
+def num_tokens(problem: Problem) -> float:
+    """Tokens that `load` counts: its pairs per layer over the pairs per token.
+
+    `tokens` may be a sample, so their number is not it. Pairs per token come from `tokens`, or from
+    `coactivation` as if every token used equally many experts.
+    """
+    pairs = float(problem.load.sum()) / problem.num_layers
+    if problem.tokens is not None:
+        per_token = float((problem.tokens >= 0).sum()) / max(
+            1, problem.tokens.shape[0] * problem.num_layers
+        )
+    elif problem.coactivation is not None:
+        per_token = float(_experts_per_token(problem.coactivation).mean())
+    else:
+        raise ValueError(f"objective {problem.objective!r} needs tokens or coactivation")
+    return pairs / per_token if per_token > 0 else 0.0
+
+
+def _traffic(problem: Problem, parts: dict[str, float]) -> float:
+    if problem.dispatch == "allgather":
+        return problem.num_ranks - 1 + problem.node_weight * (problem.num_nodes - 1)
+    if f"messages_{problem.dispatch}" in parts:
+        messages, nodes = parts[f"messages_{problem.dispatch}"], parts["node_messages"]
+    elif "messages_pairwise" in parts:
+        messages, nodes = parts["messages_pairwise"], parts["node_messages_pairwise"]
+    else:
+        raise ValueError(f"objective {problem.objective!r} needs tokens or coactivation")
+    return messages + problem.node_weight * nodes
+
+
+def _copies(problem: Problem, placement: NDArray[np.integer]) -> NDArray[np.bool_]:
+    """[L, E, G] whether a rank holds an expert; ValueError if the placement is unsound."""
+    num_layers, num_experts, num_ranks = problem.num_layers, problem.num_experts, problem.num_ranks
+    if placement.shape != (num_layers, problem.num_slots):
+        raise ValueError(
+            f"placement has shape {placement.shape}, expected {(num_layers, problem.num_slots)}"
+        )
+    if not np.issubdtype(placement.dtype, np.integer):
+        raise ValueError(f"placement has dtype {placement.dtype}, expected integers")
+    if placement.min() < -1 or placement.max() >= num_experts:
+        raise ValueError(
+            f"placement has experts {placement.min()}..{placement.max()}, "
+            f"expected -1..{num_experts - 1}"
+        )
+    layer, slot = np.nonzero(placement >= 0)
+    count = np.zeros((num_layers, num_experts, num_ranks), np.int32)
+    np.add.at(count, (layer, placement[layer, slot], slot // problem.slots_per_rank), 1)
+    if (count > 1).any():
+        bad_layer, expert, rank = np.argwhere(count > 1)[0]
+        raise ValueError(f"layer {bad_layer}: rank {rank} holds expert {expert} twice")
+    missing = np.argwhere(~count.any(axis=2))
+    if missing.size:
+        raise ValueError(f"layer {missing[0][0]}: no slot holds expert {missing[0][1]}")
+    return count.astype(bool)
+
+
+def _rank_load(load: NDArray[np.float64], copies: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """[L, G] load of each rank, a replicated expert's split evenly over its copies."""
+    share: NDArray[np.float64] = np.einsum("le,leg->lg", load / copies.sum(axis=2), copies)
+    return share
+
+
+def _any(array: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Whether any of the last axis is true."""
+    found: NDArray[np.bool_] = np.logical_or.reduce(array, axis=-1)
+    return found
+
+
+@dataclass(frozen=True)
+class _Served:
+    """Sums over tokens and layers."""
+
+    span: int
+    node_span: int
+    messages: float
+    node_messages: float
+
+
+def _token_figures(
+    problem: Problem, copies: NDArray[np.bool_], rank_load: NDArray[np.float64]
+) -> dict[str, float]:
+    assert problem.tokens is not None
+    count = max(1, problem.tokens.shape[0] * problem.num_layers)
+    alltoall = _serve(problem, "alltoall", copies, rank_load)
+    coherent = _serve(problem, "coherent", copies, rank_load)
+    own = coherent if problem.dispatch == "coherent" else alltoall
+    return {
+        "span": own.span / count,
+        "node_span": own.node_span / count,
+        "messages_alltoall": alltoall.messages / count,
+        "messages_coherent": coherent.messages / count,
+        "node_messages": own.node_messages / count,
+    }
+
+
+def _serve(
+    problem: Problem,
+    dispatch: Dispatch,
+    copies: NDArray[np.bool_],
+    rank_load: NDArray[np.float64],
+) -> _Served:
+    """Send every token through every layer."""
+    tokens, num_ranks = problem.tokens, problem.num_ranks
+    assert tokens is not None
+    coherent = dispatch == "coherent"
+    home = None if problem.home is None else problem.home.astype(np.int64)
+    span = node_span = 0
+    messages = node_messages = 0.0
+    for layer in range(problem.num_layers):
+        experts = tokens[:, layer, :]
+        order = np.argsort(rank_load[layer], kind="stable")
+        used, served = _choose_copies(experts, copies[layer], order, home)
+        used_nodes = _any(used.reshape(len(used), problem.num_nodes, -1))
+        layer_span, layer_node_span = int(used.sum()), int(used_nodes.sum())
+        span += layer_span
+        node_span += layer_node_span
+        if home is None:
+            messages += layer_span * (1 - 1 / num_ranks)
+            node_messages += layer_node_span * (1 - 1 / problem.num_nodes)
+        else:
+            row = np.arange(len(used))
+            messages += layer_span - int(used[row, home].sum())
+            node_messages += layer_node_span - int(
+                used_nodes[row, home // problem.ranks_per_node].sum()
+            )
+        if coherent:
+            active = int(used.any(axis=1).sum())
+            messages += layer_span - active
+            node_messages += layer_node_span - active
+            home = _rank_of_primary(problem, layer, experts, served, home)
+    return _Served(span, node_span, messages, node_messages)
+
+
+def _choose_copies(
+    experts: NDArray[np.integer],
+    copies: NDArray[np.bool_],
+    order: NDArray[np.int64],
+    home: NDArray[np.int64] | None,
+) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """Serve each token of one layer, see the module's docstring for the rule.
+
+    Args:
+        experts: [T, K] experts of each token, -1 = unused.
+        copies: [E, G] whether a rank holds an expert.
+        order: [G] ranks from the least to the most loaded.
+        home: [T] home ranks, or None.
+
+    Returns:
+        [T, G] whether a token uses a rank, and [T, K] the rank that serves each expert (-1 unused).
+    """
+    num_tokens_, width = experts.shape
+    used = np.zeros((num_tokens_, copies.shape[1]), bool)
+    served = np.full((num_tokens_, width), -1, np.int64)
+    single_rank = np.where(copies.sum(axis=1) == 1, copies.argmax(axis=1), -1)
+    for k in range(width):
+        expert = experts[:, k]
+        rank = np.where(expert >= 0, single_rank[expert], -1)
+        if home is not None:
+            at_home = (expert >= 0) & copies[expert, home]
+            rank = np.where(at_home, home, rank)
+        row = np.nonzero(rank >= 0)[0]
+        used[row, rank[row]] = True
+        served[:, k] = rank
+    for k in range(width):
+        row = np.nonzero((experts[:, k] >= 0) & (served[:, k] < 0))[0]
+        if row.size == 0:
+            continue
+        choice = copies[experts[row, k]]
+        preferred = choice & used[row]
+        choice = np.where(preferred.any(axis=1, keepdims=True), preferred, choice)
+        rank = order[choice[:, order].argmax(axis=1)]
+        used[row, rank] = True
+        served[row, k] = rank
+    return used, served
+
+
+def _rank_of_primary(
+    problem: Problem,
+    layer: int,
+    experts: NDArray[np.integer],
+    served: NDArray[np.int64],
+    home: NDArray[np.int64] | None,
+) -> NDArray[np.int64] | None:
+    """[T] where each token's hidden state is after the layer.
+
+    A token without experts stays where it is; if nobody knows where that is, on rank 0.
+    """
+    if problem.primary is None:
+        rank = served[:, 0]
+    else:
+        is_primary = (experts == problem.primary[:, layer, None]) & (experts >= 0)
+        row = np.arange(len(experts))
+        rank = np.where(is_primary.any(axis=1), served[row, is_primary.argmax(axis=1)], -1)
+    stay = np.zeros_like(rank) if home is None else home
+    return np.where(rank >= 0, rank, stay)
+
+
+def _batch_figures(
+    tokens: NDArray[np.integer], batch: NDArray[np.int64], copies: NDArray[np.bool_]
+) -> dict[str, float]:
+    num_layers, num_experts, _ = copies.shape
+    _, number = np.unique(batch, return_inverse=True)
+    num_batches = int(number.max(initial=-1)) + 1
+    ratios = []
+    for layer in range(num_layers):
+        experts = tokens[:, layer, :]
+        key = (number[:, None] * num_experts + experts)[experts >= 0]
+        load = np.bincount(key, minlength=num_batches * num_experts).reshape(num_batches, -1)
+        rank_load = (load / copies[layer].sum(axis=1)) @ copies[layer]
+        mean = rank_load.mean(axis=1)
+        ratios.append((rank_load.max(axis=1)[mean > 0]) / mean[mean > 0])
+    ratio = np.concatenate(ratios)
+    if ratio.size == 0:
+        return {"imbalance_batch": 1.0, "imbalance_batch_p95": 1.0}
+    return {
+        "imbalance_batch": float(ratio.mean()),
+        "imbalance_batch_p95": float(np.quantile(ratio, 0.95)),
+    }
+
+
+def _flow_within(affinity: NDArray[np.float64], copies: NDArray[np.bool_]) -> float:
+    """Flow that stays on a rank: sum of affinity_ij x |ranks of i and j| / |ranks of i|."""
+    total = 0.0
+    for layer, flow in enumerate(affinity):
+        first, second = copies[layer].astype(np.float64), copies[layer + 1].astype(np.float64)
+        total += float((flow * ((first / first.sum(axis=1, keepdims=True)) @ second.T)).sum())
+    return total
+
+
+def _cut(
+    coactivation: NDArray[np.float64], copies: NDArray[np.bool_]
+) -> tuple[float, NDArray[np.float64]]:
+    """Share of pairs of different experts without a common rank: of all layers, and [L] of each."""
+    pairs, cut = np.zeros(len(copies)), np.zeros(len(copies))
+    for layer, together in enumerate(coactivation):
+        held = copies[layer].astype(np.float64)
+        apart = (held @ held.T) == 0
+        pairs[layer] = together.sum() - np.trace(together)
+        cut[layer] = (together * apart).sum()
+    share = np.divide(cut, pairs, out=np.zeros_like(cut), where=pairs > 0)
+    return (float(cut.sum() / pairs.sum()) if pairs.sum() > 0 else 0.0), share
+
+
+def _experts_per_token(coactivation: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[L] experts per token, as if all tokens used equally many: pairs / load = k - 1."""
+    load = np.trace(coactivation, axis1=1, axis2=2)
+    pairs = coactivation.sum(axis=(1, 2)) - load
+    others: NDArray[np.float64] = np.divide(pairs, load, out=np.zeros_like(pairs), where=load > 0)
+    return 1.0 + others
+
+
+def _pairwise_surrogate(problem: Problem, copies: NDArray[np.bool_]) -> dict[str, float]:
+    """Stand-ins for span and messages where only pair counts are known.
+
+    With k experts per token and x the share of co-activated pairs cut, the span is taken to be
+    1 + (k - 1) x: linear in the pairs kept, exact when all or none are. alltoall sends
+    span x (1 - 1/G) messages. coherent sends 2 span - 1 - P(the home rank is used); the last is 1/G
+    in the first layer and where `primary_affinity` is absent, else min(1, m span / k), where m is
+    the mean number of experts on the home rank (span / k is the reciprocal of the mean number of
+    experts on a used rank).
+    """
+    coactivation = problem.coactivation
+    assert coactivation is not None
+    per_token = _experts_per_token(coactivation)
+
+    def of_groups(held: NDArray[np.bool_]) -> tuple[float, float]:
+        num_groups = held.shape[2]
+        _, share = _cut(coactivation, held)
+        span = 1.0 + (per_token - 1.0) * share
+        if problem.dispatch != "coherent":
+            return float(span.mean()), float(span.mean()) * (1 - 1 / num_groups)
+        at_home = span / num_groups
+        if problem.primary_affinity is not None:
+            for layer, flow in enumerate(problem.primary_affinity):
+                total = float(flow.sum()) / per_token[layer + 1]
+                if total > 0:
+                    within = _flow_within(flow[None], held[layer : layer + 2]) / total
+                    at_home[layer + 1] = min(1.0, within * span[layer + 1] / per_token[layer + 1])
+        return float(span.mean()), float((2 * span - 1 - at_home).mean())
+
+    num_layers, num_experts, _ = copies.shape
+    nodes = _any(copies.reshape(num_layers, num_experts, problem.num_nodes, -1))
+    span, messages = of_groups(copies)
+    _, node_messages = of_groups(nodes)
+    return {
+        "span_pairwise": span,
+        "messages_pairwise": messages,
+        "node_messages_pairwise": node_messages,
+    }

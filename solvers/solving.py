@@ -1,0 +1,128 @@
+"""`solve`: run a solver by name, check what it made, and say how good it provably is."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import numpy as np
+
+from solvers import check
+from solvers.budget import Budget
+from solvers.problem import Problem
+from solvers.registry import get
+from solvers.result import Result, Solution, Status
+
+TOLERANCE = 1e-9  # relative; between a bound and a value that should meet
+_OBJECTIVE_FIGURE = {"balance": "imbalance"}
+
+
+def solve(
+    problem: Problem,
+    solver: str = "local_search",
+    seed: int = 0,
+    time_limit: float | None = None,
+    budget: Budget | None = None,
+) -> Result:
+    """Solve `problem` with the solver called `solver`.
+
+    The first Ctrl-C asks the solver to return the best placement that it has; the second raises
+    KeyboardInterrupt. The placement is checked and its figures recomputed by `solvers.check`.
+
+    Args:
+        problem: what is to be placed.
+        solver: a name from `solvers.names()`.
+        seed: for solvers that draw random numbers.
+        time_limit: seconds of wall-clock time; None = as long as the solver likes.
+        budget: instead of `time_limit`, a budget that another thread may stop.
+
+    Raises:
+        ValueError: an unknown solver, or an array that it needs is missing.
+        InfeasibleProblem, NoSolutionFound: from the solver.
+    """
+    entry = get(solver)
+    missing = [name for name in entry.needs if getattr(problem, name) is None]
+    if missing:
+        raise ValueError(
+            f"solver {solver!r} needs {' and '.join(missing)}, which the problem lacks"
+        )
+    if budget is None:
+        budget = Budget(time_limit)
+    elif time_limit is not None:
+        raise ValueError("give time_limit or budget, not both")
+    start = time.perf_counter()
+    with _ctrl_c_stops(budget):
+        solution = entry.function(problem, seed, budget)
+    seconds = time.perf_counter() - start
+    return _result(problem, solution, solver, seed, seconds)
+
+
+def _result(problem: Problem, solution: Solution, solver: str, seed: int, seconds: float) -> Result:
+    try:
+        parts = check.check(problem, solution.placement)
+    except ValueError as error:
+        raise AssertionError(f"internal error: solver {solver!r} made: {error}") from error
+    value = check.objective(problem, parts)
+    within_cap = problem.max_imbalance is None or parts["imbalance"] <= problem.max_imbalance * (
+        1 + TOLERANCE
+    )
+    bound, bound_of = solution.lower_bound, solution.bound_of
+    bounded = value if bound_of == "objective" else parts[bound_of]
+    status: Status = "feasible" if within_cap else "infeasible"
+    gap: float | None = None
+    if bound is not None:
+        slack = TOLERANCE * max(1.0, abs(bounded))
+        if bound > bounded + slack and within_cap:
+            raise AssertionError(
+                f"internal error: solver {solver!r} proved {bound_of} >= {bound}, "
+                f"but its placement has {bounded}"
+            )
+        bound = min(bound, bounded)
+        gap = (bounded - bound) / bounded if bounded > 0 else 0.0
+        is_objective = bound_of in ("objective", _OBJECTIVE_FIGURE.get(problem.objective))
+        if within_cap and is_objective and bounded - bound <= slack:
+            status = "optimal"
+    return Result(
+        placement=np.ascontiguousarray(solution.placement, dtype=np.int64),
+        status=status,
+        termination=solution.termination,
+        objective=value,
+        parts=parts,
+        lower_bound=bound,
+        bound_of=None if bound is None else bound_of,
+        gap=gap,
+        seconds=seconds,
+        solver=solver,
+        seed=seed,
+        notes=dict(solution.notes),
+    )
+
+
+@contextmanager
+def _ctrl_c_stops(budget: Budget) -> Iterator[None]:
+    """Turn the first Ctrl-C into `budget.stop()`.
+
+    Only the main thread can, and only where nobody else has claimed Ctrl-C.
+    """
+    ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if not ours:
+        yield
+        return
+
+    def on_interrupt(number: int, frame: FrameType | None) -> None:
+        if budget.interrupted:
+            signal.default_int_handler(number, frame)
+        budget.stop()
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
