@@ -39,6 +39,8 @@ class Problem:
         max_imbalance: cap on the mean over layers of max / mean rank load; None = no cap.
         node_weight: what a message that crosses nodes costs more than one inside a node,
             in units of the latter; traffic = messages + node_weight * node messages.
+        num_groups: groups of consecutive experts that the model's router limits a token to some of
+            (8 in DeepSeek-V3); divides E. 1 = the router has no groups.
         latency_load_us, latency_message_us: for objective `latency`: microseconds of a layer per
             token-expert pair on the busiest rank, and per message of the average rank.
     """
@@ -60,6 +62,7 @@ class Problem:
     node_weight: float = 0.0
     latency_load_us: float = 0.0
     latency_message_us: float = 0.0
+    num_groups: int = 1
 
     @property
     def num_layers(self) -> int:
@@ -91,6 +94,8 @@ class Problem:
                 f"{self.num_ranks} ranks x {self.slots_per_rank} slots = {self.num_slots} slots "
                 f"cannot hold {num_experts} experts"
             )
+        if self.num_groups < 1 or num_experts % self.num_groups:
+            raise ValueError(f"{self.num_groups} groups do not divide {num_experts} experts")
         for name, shape in {
             "coactivation": (num_layers, num_experts, num_experts),
             "affinity": (num_layers - 1, num_experts, num_experts),
