@@ -1,0 +1,17 @@
+"""What a placement costs: replay of a trace, metrics with intervals, modelled step time.
+
+numba is imported when a replay first needs it, not when this package is imported.
+"""
+
+from placer.cost.metrics import METRICS, MetricInfo, Metrics, compare, measure
+from placer.cost.replay import Replay, replay
+
+__all__ = [
+    "METRICS",
+    "MetricInfo",
+    "Metrics",
+    "Replay",
+    "compare",
+    "measure",
+    "replay",
+]

@@ -1,0 +1,276 @@
+"""The loops of the replay, compiled: which rank serves each pair, and what that costs.
+
+Shape letters: L layers, E experts, G ranks, K experts per token, C copies, N open batches,
+J request groups of the batch figures, R request blocks; here T is the tokens of one slice.
+Every kernel is O(T L K) (`serve_local`: O(T L K C)), releases the GIL and is cached on disk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int32]
+Longs = NDArray[np.int64]
+Floats = NDArray[np.float64]
+Weights = NDArray[np.float32]
+
+# Columns of the sums per request block, in the order of `placer.cost.replay.SUMS`.
+_TOKEN_LAYERS = 0
+_SPAN = 1
+_MESSAGES_ALLTOALL = 2
+_MESSAGES_COHERENT = 3
+_NODE_SPAN = 4
+_NODE_MESSAGES_ALLTOALL = 5
+_NODE_MESSAGES_COHERENT = 6
+_PAIRS = 7
+_CROSS_RANK_PAIRS = 8
+_CROSS_NODE_PAIRS = 9
+_TRANSITIONS = 10
+_CROSS_RANK_PER_TOKEN = 11
+_CROSS_NODE_PER_TOKEN = 12
+
+_njit: Any = njit(nogil=True, cache=True)
+
+
+@_njit
+def serve_round_robin(
+    experts: Ints, ranks: Ints, copies: Ints, first_token: int, served: Ints
+) -> None:
+    """Give token i of the trace copy number i mod copies of each of its experts.
+
+    Args:
+        experts: [T, L, K] logical ids, -1 = unused.
+        ranks: [L, E, C] ranks of each expert's copies, increasing.
+        copies: [L, E] number of copies.
+        first_token: index in the trace of the slice's first token.
+        served: [T, L, K], written: the rank that serves each pair, -1 = unused.
+    """
+    num_tokens, num_layers, top_k = experts.shape
+    one_copy = ranks.shape[2] == 1
+    for t in range(num_tokens):
+        for l in range(num_layers):  # noqa: E741
+            for k in range(top_k):
+                e = experts[t, l, k]
+                if e < 0:
+                    served[t, l, k] = -1
+                elif one_copy:
+                    served[t, l, k] = ranks[l, e, 0]
+                else:
+                    served[t, l, k] = ranks[l, e, (first_token + t) % copies[l, e]]
+
+
+@_njit
+def serve_local(
+    experts: Ints,
+    weights: Weights,
+    ranks: Ints,
+    copies: Ints,
+    home: Ints,
+    coherent: bool,
+    batch: Ints,
+    running: Ints,
+    ranks_per_node: int,
+    served: Ints,
+) -> None:
+    """Serve on the home rank first, then where the token goes anyway, then on the least loaded.
+
+    The policy `local` of docs/metrics.md, in its three steps.
+
+    Args:
+        experts, ranks, copies, served: as in `serve_round_robin`.
+        weights: [T, L, K] gate weights; [0, 0, 0] when the trace has none.
+        home: [T] rank where each token enters the first layer.
+        coherent: whether the home moves to the primary expert's rank after each layer.
+        batch: [T] open batch of each token.
+        running: [N, L, G] pairs served so far in each open batch, updated.
+        ranks_per_node: ranks of one node.
+    """
+    num_tokens, num_layers, top_k = experts.shape
+    num_ranks = running.shape[2]
+    has_weights = weights.shape[0] > 0
+    used = np.zeros(num_ranks, np.int64)
+    used_node = np.zeros(num_ranks // ranks_per_node, np.int64)
+    stamp = 0
+    for t in range(num_tokens):
+        h = home[t]
+        for l in range(num_layers):  # noqa: E741
+            stamp += 1
+            load = running[batch[t], l]
+            used_node[h // ranks_per_node] = stamp
+            for k in range(top_k):  # step 1: a copy on the home rank
+                e = experts[t, l, k]
+                served[t, l, k] = -1
+                if e < 0:
+                    continue
+                for c in range(copies[l, e]):
+                    if ranks[l, e, c] == h:
+                        served[t, l, k] = h
+                        load[h] += 1
+                        used[h] = stamp
+                        break
+            for k in range(top_k):  # step 2: the only copy
+                e = experts[t, l, k]
+                if e < 0 or served[t, l, k] >= 0 or copies[l, e] > 1:
+                    continue
+                g = ranks[l, e, 0]
+                served[t, l, k] = g
+                load[g] += 1
+                used[g] = stamp
+                used_node[g // ranks_per_node] = stamp
+            for k in range(top_k):  # step 3: used rank, then touched node, then least loaded
+                e = experts[t, l, k]
+                if e < 0 or served[t, l, k] >= 0:
+                    continue
+                best = -1
+                best_tier = 3
+                for c in range(copies[l, e]):
+                    g = ranks[l, e, c]
+                    if used[g] == stamp:
+                        tier = 0
+                    elif used_node[g // ranks_per_node] == stamp:
+                        tier = 1
+                    else:
+                        tier = 2
+                    if tier < best_tier or (tier == best_tier and load[g] < load[best]):
+                        best = g
+                        best_tier = tier
+                served[t, l, k] = best
+                load[best] += 1
+                used[best] = stamp
+                used_node[best // ranks_per_node] = stamp
+            if coherent:
+                primary = -1
+                for k in range(top_k):
+                    if experts[t, l, k] < 0:
+                        continue
+                    if primary < 0 or (has_weights and weights[t, l, k] > weights[t, l, primary]):
+                        primary = k
+                if primary >= 0:
+                    h = served[t, l, primary]
+
+
+@_njit
+def count(
+    served: Ints,
+    weights: Weights,
+    home: Ints,
+    block: Ints,
+    ranks_per_node: int,
+    sums: Floats,
+    loads: Longs,
+    batch: Ints,
+    group: Ints,
+    batch_loads: Ints,
+) -> None:
+    """Add what these tokens send and load to the sums of their request blocks and batches.
+
+    Args:
+        served: [T, L, K] rank that serves each pair, -1 = unused.
+        weights: [T, L, K] gate weights; [0, 0, 0] when the trace has none.
+        home: [T] rank where each token enters the first layer.
+        block: [T] request block of each token.
+        ranks_per_node: ranks of one node.
+        sums: [R, len(SUMS)], added to.
+        loads: [R, L, G] pairs served, added to.
+        batch: [T] open batch of each token.
+        group: [T] request group of each token.
+        batch_loads: [N, J, L, G] pairs served, added to.
+    """
+    num_tokens, num_layers, top_k = served.shape
+    num_ranks = loads.shape[2]
+    has_weights = weights.shape[0] > 0
+    # Row l % 2 belongs to layer l: an entry is valid where the stamp is the layer's.
+    seen = np.zeros((2, num_ranks), np.int64)
+    times = np.zeros((2, num_ranks), np.int64)
+    seen_node = np.zeros((2, num_ranks // ranks_per_node), np.int64)
+    times_node = np.zeros((2, num_ranks // ranks_per_node), np.int64)
+    stamp = 1
+    for t in range(num_tokens):
+        stamp += 1
+        alltoall_home = home[t]
+        coherent_home = home[t]
+        alltoall_node = alltoall_home // ranks_per_node
+        coherent_node = alltoall_node
+        previous_k = 0
+        span = 0
+        messages = 0
+        coherent = 0
+        node_span = 0
+        node_messages = 0
+        node_coherent = 0
+        pairs = 0
+        cross = 0
+        cross_node = 0
+        transitions = 0
+        cross_weighted = 0.0
+        cross_node_weighted = 0.0
+        for l in range(num_layers):  # noqa: E741
+            stamp += 1
+            now = l % 2
+            before = 1 - now
+            used_k = 0
+            primary = -1
+            num_here = 0
+            num_nodes_here = 0
+            same = 0
+            same_node = 0
+            for k in range(top_k):
+                g = served[t, l, k]
+                if g < 0:
+                    continue
+                used_k += 1
+                loads[block[t], l, g] += 1
+                batch_loads[batch[t], group[t], l, g] += 1
+                if primary < 0 or (has_weights and weights[t, l, k] > weights[t, l, primary]):
+                    primary = k
+                if seen[now, g] != stamp:
+                    seen[now, g] = stamp
+                    times[now, g] = 0
+                    num_here += 1
+                times[now, g] += 1
+                n = g // ranks_per_node
+                if seen_node[now, n] != stamp:
+                    seen_node[now, n] = stamp
+                    times_node[now, n] = 0
+                    num_nodes_here += 1
+                times_node[now, n] += 1
+                if seen[before, g] == stamp - 1:
+                    same += times[before, g]
+                if seen_node[before, n] == stamp - 1:
+                    same_node += times_node[before, n]
+            if used_k > 0:
+                span += num_here
+                messages += num_here - (seen[now, alltoall_home] == stamp)
+                coherent += 2 * num_here - 1 - (seen[now, coherent_home] == stamp)
+                node_span += num_nodes_here
+                node_messages += num_nodes_here - (seen_node[now, alltoall_node] == stamp)
+                node_coherent += 2 * num_nodes_here - 1 - (seen_node[now, coherent_node] == stamp)
+                coherent_home = served[t, l, primary]
+                coherent_node = coherent_home // ranks_per_node
+                if previous_k > 0:
+                    both = used_k * previous_k
+                    pairs += both
+                    cross += both - same
+                    cross_node += both - same_node
+                    transitions += 1
+                    cross_weighted += (both - same) / both
+                    cross_node_weighted += (both - same_node) / both
+            previous_k = used_k
+        row = sums[block[t]]
+        row[_TOKEN_LAYERS] += num_layers
+        row[_SPAN] += span
+        row[_MESSAGES_ALLTOALL] += messages
+        row[_MESSAGES_COHERENT] += coherent
+        row[_NODE_SPAN] += node_span
+        row[_NODE_MESSAGES_ALLTOALL] += node_messages
+        row[_NODE_MESSAGES_COHERENT] += node_coherent
+        row[_PAIRS] += pairs
+        row[_CROSS_RANK_PAIRS] += cross
+        row[_CROSS_NODE_PAIRS] += cross_node
+        row[_TRANSITIONS] += transitions
+        row[_CROSS_RANK_PER_TOKEN] += cross_weighted
+        row[_CROSS_NODE_PER_TOKEN] += cross_node_weighted

@@ -1,0 +1,379 @@
+"""The figures of a replay: names, units, values, intervals over requests, paired comparison."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from placer.cost.batches import BatchFigures
+from placer.cost.intervals import (
+    Interval,
+    jackknife,
+    percentile,
+    resample_counts,
+    resampled_loads,
+)
+from placer.cost.replay import SUMS, Replay
+from placer.errors import UsageError
+
+Better = Literal["lower", "higher"]
+
+
+@dataclass(frozen=True)
+class MetricInfo:
+    """What a figure means.
+
+    Attributes:
+        name: as in JSON output.
+        unit: what it counts, "" for a pure ratio.
+        better: which direction is good.
+        description: one sentence.
+    """
+
+    name: str
+    unit: str
+    better: Better
+    description: str
+
+
+METRICS: tuple[MetricInfo, ...] = (
+    MetricInfo("span", "ranks", "lower", "distinct ranks that serve a token's experts in a layer"),
+    MetricInfo(
+        "messages_alltoall",
+        "messages per token-layer",
+        "lower",
+        "ranks other than the home rank that a token is sent to; the home is fixed",
+    ),
+    MetricInfo(
+        "messages_coherent",
+        "messages per token-layer",
+        "lower",
+        "remote ranks that a token is sent to plus results brought to the primary expert's rank, "
+        "which becomes the home",
+    ),
+    MetricInfo("node_span", "nodes", "lower", "span, counting nodes"),
+    MetricInfo(
+        "node_messages_alltoall",
+        "messages per token-layer",
+        "lower",
+        "messages_alltoall, counting nodes",
+    ),
+    MetricInfo(
+        "node_messages_coherent",
+        "messages per token-layer",
+        "lower",
+        "messages_coherent, counting nodes",
+    ),
+    MetricInfo(
+        "cross_rank_fraction",
+        "",
+        "lower",
+        "share of expert pairs of consecutive layers on different ranks",
+    ),
+    MetricInfo(
+        "cross_rank_fraction_per_token",
+        "",
+        "lower",
+        "the same, every token's transition between two layers counting once",
+    ),
+    MetricInfo("cross_node_fraction", "", "lower", "cross_rank_fraction, counting nodes"),
+    MetricInfo(
+        "cross_node_fraction_per_token",
+        "",
+        "lower",
+        "cross_rank_fraction_per_token, counting nodes",
+    ),
+    MetricInfo(
+        "imbalance", "", "lower", "max / mean rank load over the whole trace, mean over layers"
+    ),
+    MetricInfo(
+        "imbalance_batches_mean",
+        "",
+        "lower",
+        "max / mean rank load within a batch, mean over layers, mean over batches",
+    ),
+    MetricInfo("imbalance_batches_p95", "", "lower", "the same, 95th percentile over batches"),
+    MetricInfo(
+        "imbalance_mixed_batches_mean",
+        "",
+        "lower",
+        "imbalance_batches_mean with batches mixed from all requests",
+    ),
+    MetricInfo(
+        "imbalance_mixed_batches_p95",
+        "",
+        "lower",
+        "imbalance_batches_p95 with batches mixed from all requests",
+    ),
+    MetricInfo(
+        "balancedness",
+        "",
+        "higher",
+        "sum over layers of mean rank load / sum of max rank load, whole trace (as vLLM logs it)",
+    ),
+    MetricInfo(
+        "sglang_balancedness",
+        "",
+        "higher",
+        "mean over batches of the mean over layers of mean / max rank load (SGLang's definition)",
+    ),
+    MetricInfo(
+        "tensorrt_llm_imbalance_ratio",
+        "",
+        "lower",
+        "max / mean rank load - 1, mean over batches, then over layers (TensorRT-LLM's definition)",
+    ),
+)
+
+# name -> the two columns of the sums whose ratio it is
+_RATIOS = {
+    "span": ("span", "token_layers"),
+    "messages_alltoall": ("messages_alltoall", "token_layers"),
+    "messages_coherent": ("messages_coherent", "token_layers"),
+    "node_span": ("node_span", "token_layers"),
+    "node_messages_alltoall": ("node_messages_alltoall", "token_layers"),
+    "node_messages_coherent": ("node_messages_coherent", "token_layers"),
+    "cross_rank_fraction": ("cross_rank_pairs", "pairs"),
+    "cross_rank_fraction_per_token": ("cross_rank_per_token", "transitions"),
+    "cross_node_fraction": ("cross_node_pairs", "pairs"),
+    "cross_node_fraction_per_token": ("cross_node_per_token", "transitions"),
+}
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Every figure of METRICS for one replay.
+
+    Attributes:
+        values: name -> value; None where the trace does not define it.
+        intervals: name -> interval over requests; None where there is none (one request, or a
+            figure that some resample leaves undefined).
+        confidence: of the intervals.
+        num_resamples, seed: of the bootstrap.
+        notes: name -> how the figure's batches were made.
+    """
+
+    values: dict[str, float | None]
+    intervals: dict[str, Interval | None]
+    confidence: float
+    num_resamples: int
+    seed: int
+    notes: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON: name -> value, low, high, unit and, for batch figures, how batches were made."""
+        document: dict[str, Any] = {}
+        for info in METRICS:
+            if info.name not in self.values:
+                continue
+            low, high = self.intervals[info.name] or (None, None)
+            entry = {"value": self.values[info.name], "low": low, "high": high, "unit": info.unit}
+            if info.name in self.notes:
+                entry["batches"] = self.notes[info.name]
+            document[info.name] = entry
+        return document
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """A figure and what becomes of it in resamples, or without each group of requests."""
+
+    value: float
+    drawn: NDArray[np.float64]
+    by: Literal["bootstrap", "jackknife"]
+
+    def interval(self, confidence: float) -> Interval | None:
+        if self.drawn.size == 0:
+            return None
+        if self.by == "bootstrap":
+            return percentile(self.drawn, confidence)
+        return jackknife(self.value, self.drawn, confidence)
+
+
+def measure(
+    replay: Replay, *, num_resamples: int = 1000, seed: int = 0, confidence: float = 0.95
+) -> Metrics:
+    """All figures of a replay, with intervals over requests.
+
+    Means, imbalance and balancedness: percentile bootstrap over requests. Figures over batches:
+    group jackknife over requests, because a resample would have to form batches anew.
+
+    Args:
+        replay: from `placer.cost.replay.replay`.
+        num_resamples: B; 0 for no intervals.
+        seed: of the resamples.
+        confidence: of the intervals.
+
+    Cost: O(B R L G) for R requests, as matrix products.
+    """
+    draws = _draw(replay, num_resamples, seed)
+    return Metrics(
+        values={name: _finite(draw.value) for name, draw in draws.items()},
+        intervals={name: draw.interval(confidence) for name, draw in draws.items()},
+        confidence=confidence,
+        num_resamples=num_resamples,
+        seed=seed,
+        notes=_notes(replay),
+    )
+
+
+def compare(
+    plan: Replay,
+    baseline: Replay,
+    *,
+    num_resamples: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> dict[str, dict[str, float | None]]:
+    """Relative change of every figure from a baseline, on the same tokens and resamples.
+
+    Args:
+        plan, baseline: replays of the same trace.
+        num_resamples, seed, confidence: as in `measure`.
+
+    Returns:
+        name -> {value, baseline, change, change_low, change_high}, where change is
+        value / baseline - 1; None where it is undefined. An interval that leaves out 0 says that
+        the difference is more than chance among requests.
+
+    Raises:
+        UsageError: the replays are of different tokens.
+    """
+    column = SUMS.index("token_layers")
+    if not np.array_equal(plan.sums[:, column], baseline.sums[:, column]):
+        raise UsageError("the two replays are not of the same tokens; a paired comparison needs it")
+    ours = _draw(plan, num_resamples, seed)
+    theirs = _draw(baseline, num_resamples, seed)
+    compared: dict[str, dict[str, float | None]] = {}
+    for name in ours:
+        if name not in theirs:
+            continue
+        new, old = ours[name], theirs[name]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            value = float(np.float64(new.value) / np.float64(old.value) - 1)
+            change = _Draws(value, new.drawn / old.drawn - 1, new.by)
+        low, high = change.interval(confidence) or (None, None)
+        compared[name] = {
+            "value": _finite(new.value),
+            "baseline": _finite(old.value),
+            "change": _finite(value),
+            "change_low": low,
+            "change_high": high,
+        }
+    return compared
+
+
+def imbalance_of(loads: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[...] mean over layers with load of max / mean rank load, of loads [..., L, G]."""
+    mean = loads.mean(axis=-1)
+    loaded = mean > 0
+    ratio = np.divide(loads.max(axis=-1), mean, out=np.zeros_like(mean), where=loaded)
+    return _divide(ratio.sum(axis=-1), loaded.sum(axis=-1))
+
+
+def balancedness_of(loads: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[...] sum over layers of mean rank load / sum of max rank load, of loads [..., L, G].
+
+    vLLM logs it of each forward pass (vllm/distributed/eplb/eplb_state.py, `EplbState.step`);
+    here it is of the whole trace.
+    """
+    return _divide(loads.mean(axis=-1).sum(axis=-1), loads.max(axis=-1).sum(axis=-1))
+
+
+def _draw(replay: Replay, num_resamples: int, seed: int) -> dict[str, _Draws]:
+    resampled = num_resamples if replay.num_requests > 1 else 0
+    counts = resample_counts(max(1, replay.sums.shape[0]), resampled, seed)
+    counts = counts[:, : replay.sums.shape[0]]
+    totals = replay.sums.sum(axis=0)
+    drawn_totals = counts @ replay.sums
+    draws: dict[str, _Draws] = {}
+    for name, (numerator, denominator) in _RATIOS.items():
+        above, below = SUMS.index(numerator), SUMS.index(denominator)
+        draws[name] = _Draws(
+            float(_divide(totals[above], totals[below])),
+            _divide(drawn_totals[:, above], drawn_totals[:, below]),
+            "bootstrap",
+        )
+
+    def of_loads(loads: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.stack([imbalance_of(loads), balancedness_of(loads)], axis=-1)
+
+    whole = of_loads(replay.rank_load.astype(np.float64))
+    drawn = resampled_loads(counts, replay.loads, of_loads) if resampled else np.zeros((0, 2))
+    draws["imbalance"] = _Draws(float(whole[0]), drawn[:, 0], "bootstrap")
+    draws["balancedness"] = _Draws(float(whole[1]), drawn[:, 1], "bootstrap")
+    with_groups = resampled > 0
+    draws |= _batch_draws(replay.batches, "imbalance_batches", with_groups)
+    if replay.mixed_batches is not None:
+        draws |= _batch_draws(replay.mixed_batches, "imbalance_mixed_batches", with_groups)
+    draws |= _engine_draws(replay.batches, with_groups)
+    return {info.name: draws[info.name] for info in METRICS if info.name in draws}
+
+
+def _batch_draws(batches: BatchFigures, prefix: str, with_groups: bool) -> dict[str, _Draws]:
+    rows = [row[np.isfinite(row)] for row in _rows(batches, batches.imbalance, with_groups)]
+    mean = np.array([row.mean() if row.size else np.nan for row in rows])
+    p95 = np.array([np.quantile(row, 0.95) if row.size else np.nan for row in rows])
+    return {
+        f"{prefix}_mean": _Draws(float(mean[0]), mean[1:], "jackknife"),
+        f"{prefix}_p95": _Draws(float(p95[0]), p95[1:], "jackknife"),
+    }
+
+
+def _engine_draws(batches: BatchFigures, with_groups: bool) -> dict[str, _Draws]:
+    """Balance as SGLang and TensorRT-LLM define it.
+
+    SGLang: per forward pass, the mean over layers of (mean + 1e-5) / (max + 1e-5) rank load, so
+    that a layer without load counts as 1; then the mean over passes
+    (python/sglang/srt/eplb/expert_distribution.py, `compute_utilization_rate`).
+
+    TensorRT-LLM: per layer, the mean over iterations of max / mean rank load - 1; then the mean
+    over layers (examples/wide_ep/ep_load_balancer/report_load_statistics.py,
+    `calculate_load_statistics`). Its script splits an expert's load evenly over its copies; here
+    it is the load that the replay served. Layers without load are left out.
+    """
+    utilization = [
+        row[np.isfinite(row)] for row in _rows(batches, batches.utilization, with_groups)
+    ]
+    sglang = np.array([row.mean() if row.size else np.nan for row in utilization])
+    excess = _rows(batches, batches.excess, with_groups)
+    loaded = _rows(batches, batches.loaded, with_groups)
+    per_layer = np.divide(excess, loaded, out=np.zeros_like(excess), where=loaded > 0)
+    tensorrt = _divide(per_layer.sum(axis=1), (loaded > 0).sum(axis=1))
+    return {
+        "sglang_balancedness": _Draws(float(sglang[0]), sglang[1:], "jackknife"),
+        "tensorrt_llm_imbalance_ratio": _Draws(float(tensorrt[0]), tensorrt[1:], "jackknife"),
+    }
+
+
+def _rows(
+    batches: BatchFigures, figures: NDArray[np.float64], with_groups: bool
+) -> NDArray[np.float64]:
+    """Row 0 of `figures` and the rows that leave out a group which has requests."""
+    keep = np.r_[True, batches.group_used & with_groups]
+    return figures[keep]
+
+
+def _notes(replay: Replay) -> dict[str, str]:
+    own = ("imbalance_batches_mean", "imbalance_batches_p95")
+    engines = ("sglang_balancedness", "tensorrt_llm_imbalance_ratio")
+    notes = dict.fromkeys((*own, *engines), replay.batches.how)
+    if replay.mixed_batches is not None:
+        mixed = ("imbalance_mixed_batches_mean", "imbalance_mixed_batches_p95")
+        notes |= dict.fromkeys(mixed, replay.mixed_batches.how)
+    return notes
+
+
+def _divide(above: Any, below: Any) -> NDArray[np.float64]:
+    """above / below, NaN where below is 0."""
+    above, below = np.broadcast_arrays(np.asarray(above, float), np.asarray(below, float))
+    quotient = np.full(above.shape, np.nan)
+    np.divide(above, below, out=quotient, where=below > 0)
+    return quotient
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None

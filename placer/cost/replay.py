@@ -1,0 +1,345 @@
+"""Replay a trace under a placement: additive sums per request, rank loads, batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from placer.cost.batches import NUM_GROUPS, BatchFigures, BatchLoads
+from placer.errors import UsageError
+from placer.placement import Placement
+from placer.trace.model import Trace
+from solvers.problem import Dispatch
+
+ReplicaPolicy = Literal["local", "round_robin"]
+
+SUMS = (
+    "token_layers",
+    "span",
+    "messages_alltoall",
+    "messages_coherent",
+    "node_span",
+    "node_messages_alltoall",
+    "node_messages_coherent",
+    "pairs",
+    "cross_rank_pairs",
+    "cross_node_pairs",
+    "transitions",
+    "cross_rank_per_token",
+    "cross_node_per_token",
+)
+_MAX_BLOCKS = 2048
+_SLICE_TOKENS = 8192
+_MIXED_TOKENS = 2**18
+
+
+@dataclass(frozen=True, eq=False)
+class Replay:
+    """What a placement costs on a trace, in sums that a bootstrap over requests can reweigh.
+
+    R request blocks: one per request, in the order of first appearance; with more than 2048
+    requests, request number i belongs to block i mod 2048.
+
+    Attributes:
+        dispatch: the dispatch model whose homes decided which copies served the pairs that
+            `loads`, the batches, span and cross-rank counts are made of.
+        replica_policy: how a copy was chosen where an expert has several.
+        num_tokens: T.
+        num_requests: distinct requests.
+        sums: [R, len(SUMS)] float64 sums over the block's tokens; the names are in `SUMS`.
+        loads: [R, L, G] int64 token-expert pairs served by each rank.
+        batches: balance within recorded forward passes, else runs of consecutive tokens.
+        mixed_batches: the same with tokens taken round-robin over requests; None when not asked.
+    """
+
+    dispatch: Dispatch
+    replica_policy: ReplicaPolicy
+    num_tokens: int
+    num_requests: int
+    sums: NDArray[np.float64]
+    loads: NDArray[np.int64]
+    batches: BatchFigures
+    mixed_batches: BatchFigures | None
+
+    @property
+    def rank_load(self) -> NDArray[np.int64]:
+        """[L, G] pairs served by each rank over the whole trace."""
+        loads: NDArray[np.int64] = self.loads.sum(axis=0)
+        return loads
+
+    def total(self, name: str) -> float:
+        """Sum of one column of `sums` over all requests."""
+        return float(self.sums[:, SUMS.index(name)].sum())
+
+
+def replay(
+    source: Trace | Iterable[Trace],
+    placement: Placement,
+    *,
+    dispatch: Dispatch = "alltoall",
+    replica_policy: ReplicaPolicy = "local",
+    batch_tokens: int = 256,
+    mixed_batches: bool = True,
+    ignore_home: bool = False,
+) -> Replay:
+    """Send every token of a trace to the ranks that the placement says, and count.
+
+    O(T L K) without replicas, O(T L K C) with up to C copies. Beside the chunk at hand, memory
+    holds [min(R, 2048), L, G] loads, at most 256 MiB of open batches and, for mixed batches,
+    the first 262,144 tokens.
+
+    Args:
+        source: a trace, or its chunks in order; a request may go on in a later chunk.
+        placement: where the experts are; same layers and experts as the trace.
+        dispatch: whose home ranks decide which copy serves a token. Messages are counted for
+            both `alltoall` and `coherent` whatever this says, each with its own homes.
+        replica_policy: `local` or `round_robin`; see docs/metrics.md.
+        batch_tokens: tokens of a batch where the trace records no forward passes.
+        mixed_batches: take the batch figures a second time, tokens mixed from all requests.
+        ignore_home: home = request mod num_ranks even where the trace recorded homes.
+
+    Raises:
+        UsageError: trace and placement do not fit together.
+    """
+    if batch_tokens < 1:
+        raise UsageError(f"batch_tokens is {batch_tokens}, expected at least 1")
+    if dispatch not in get_args(Dispatch):
+        raise UsageError(
+            f"unknown dispatch {dispatch!r}", f"one of {', '.join(get_args(Dispatch))}"
+        )
+    if replica_policy not in get_args(ReplicaPolicy):
+        raise UsageError(
+            f"unknown replica policy {replica_policy!r}",
+            f"one of {', '.join(get_args(ReplicaPolicy))}",
+        )
+    problems = placement.problems()
+    if problems:
+        raise UsageError(f"the placement is unsound: {problems[0]}")
+    chunks = iter([source] if isinstance(source, Trace) else source)
+    first = next(chunks, None)
+    if first is None:
+        raise UsageError("there is nothing to replay: the trace has no chunks")
+    by_step = first.step is not None
+    main = _Pass(placement, dispatch, replica_policy, ignore_home)
+    # With replicas under `local` the two dispatch models serve different copies.
+    split = main.depends_on_home
+    other: Dispatch = "alltoall" if dispatch == "coherent" else "coherent"
+    second = _Pass(placement, other, replica_policy, ignore_home) if split else None
+    kept: list[Trace] = []
+    num_kept = 0
+    for chunk in chain([first], chunks):
+        if (chunk.step is not None) != by_step:
+            raise UsageError("some chunks of this trace record forward passes and others do not")
+        for run in (main, second):
+            if run is not None:
+                run.add(chunk, batch_tokens)
+        if mixed_batches and num_kept < _MIXED_TOKENS:
+            part = chunk.select(np.arange(chunk.num_tokens) < _MIXED_TOKENS - num_kept)
+            kept.append(part)
+            num_kept += part.num_tokens
+    sums = main.sums
+    if second is not None:
+        sums = sums.copy()
+        for name in ("messages", "node_messages"):
+            column = SUMS.index(f"{name}_{other}")
+            sums[:, column] = second.sums[:, column]
+    how = "recorded forward passes" if by_step else f"{batch_tokens} consecutive tokens"
+    mixed = None
+    if mixed_batches:
+        run = _Pass(placement, dispatch, replica_policy, ignore_home)
+        run.add(interleave(kept), batch_tokens)
+        note = f"{batch_tokens} tokens taken round-robin over requests"
+        if num_kept < main.num_tokens:
+            note += f" (of the first {num_kept} tokens)"
+        mixed = run.finish_batches(note)
+    return Replay(
+        dispatch,
+        replica_policy,
+        main.num_tokens,
+        len(main.ordinals),
+        sums,
+        main.loads,
+        main.finish_batches(how),
+        mixed,
+    )
+
+
+def interleave(chunks: list[Trace]) -> Trace:
+    """One trace with the tokens taken round-robin over requests, without forward passes.
+
+    First the first token of every request, requests in the order of their first appearance, then
+    the second of every request that has one, and so on.
+    """
+    request = np.concatenate([chunk.request for chunk in chunks])
+    _, first, inverse = np.unique(request, return_index=True, return_inverse=True)
+    ordinal = first[inverse.reshape(-1)]  # orders requests by first appearance
+    by_request = np.argsort(ordinal, kind="stable")
+    sorted_ordinal = ordinal[by_request]
+    starts = np.flatnonzero(np.r_[True, sorted_ordinal[1:] != sorted_ordinal[:-1]][: request.size])
+    turn = np.empty(request.size, np.int64)
+    lengths = np.diff(np.r_[starts, request.size])
+    turn[by_request] = np.arange(request.size) - np.repeat(starts, lengths)
+    order = np.lexsort((ordinal, turn))
+
+    def merged(name: str) -> Any:
+        parts = [getattr(chunk, name) for chunk in chunks]
+        return None if parts[0] is None else np.concatenate(parts)[order]
+
+    return replace(
+        chunks[0],
+        experts=merged("experts"),
+        request=merged("request"),
+        position=merged("position"),
+        phase=merged("phase"),
+        step=None,
+        weights=merged("weights"),
+        home=merged("home"),
+    )
+
+
+class _Pass:
+    """One walk over the tokens under one dispatch model.
+
+    Attributes:
+        depends_on_home: whether the home rank decides which copy serves a pair.
+        num_tokens: tokens so far.
+        ordinals: request id -> its number in the order of first appearance.
+        sums, loads: as in `Replay`.
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        dispatch: Dispatch,
+        replica_policy: ReplicaPolicy,
+        ignore_home: bool,
+    ) -> None:
+        self._placement = placement
+        self._coherent = dispatch == "coherent"
+        self._ignore_home = ignore_home
+        self._ranks = placement.ranks_of_experts()
+        self._copies = (self._ranks >= 0).sum(axis=2).astype(np.int32)
+        self.depends_on_home = replica_policy == "local" and self._ranks.shape[2] > 1
+        self.num_tokens = 0
+        self.ordinals: dict[int, int] = {}
+        num_layers, num_ranks = placement.num_layers, placement.num_ranks
+        self.sums = np.zeros((0, len(SUMS)))
+        self.loads = np.zeros((0, num_layers, num_ranks), np.int64)
+        self._open = BatchLoads(num_layers, num_ranks, with_running=self.depends_on_home)
+        self._unfinished: int | None = None  # the last batch, while it is not full
+
+    def add(self, chunk: Trace, batch_tokens: int) -> None:
+        """Count a chunk's tokens."""
+        self._check(chunk)
+        home = home_ranks(chunk, self._placement.num_ranks, ignore_home=self._ignore_home)
+        ordinal = self._ordinals_of(chunk.request)
+        for part in self._slices(chunk.num_tokens, batch_tokens, by_step=chunk.step is not None):
+            if chunk.step is None:
+                index = self.num_tokens + np.arange(part.stop - part.start)
+                batch = index // batch_tokens
+                self._open.close_below(int(batch[0]))
+            else:
+                batch = chunk.step[part]
+            self._add_slice(chunk, part, home[part], ordinal[part], batch)
+        if chunk.step is None and self.num_tokens:
+            full, rest = divmod(self.num_tokens, batch_tokens)
+            self._unfinished = full if rest and full else None
+
+    def finish_batches(self, how: str) -> BatchFigures:
+        """The batch figures; an incomplete last batch is left out when there is another."""
+        if self._unfinished is not None:
+            self._open.discard(self._unfinished)
+        return self._open.finish(how)
+
+    def _check(self, chunk: Trace) -> None:
+        found = (chunk.num_layers, chunk.num_experts)
+        expected = (self._placement.num_layers, self._placement.num_experts)
+        if found != expected:
+            raise UsageError(
+                f"the trace has {found[0]} layers of {found[1]} experts, "
+                f"the placement {expected[0]} layers of {expected[1]}"
+            )
+
+    def _ordinals_of(self, request: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[T] number of each token's request, in the order of first appearance."""
+        distinct, first, inverse = np.unique(request, return_index=True, return_inverse=True)
+        for index in np.argsort(first):
+            self.ordinals.setdefault(int(distinct[index]), len(self.ordinals))
+        known = np.array([self.ordinals[int(number)] for number in distinct], np.int64)
+        missing = min(len(self.ordinals), _MAX_BLOCKS) - self.sums.shape[0]
+        if missing > 0:
+            self.sums = np.concatenate([self.sums, np.zeros((missing, self.sums.shape[1]))])
+            more = np.zeros((missing, *self.loads.shape[1:]), np.int64)
+            self.loads = np.concatenate([self.loads, more])
+        return known[inverse.reshape(-1)]
+
+    def _slices(self, num_tokens: int, batch_tokens: int, *, by_step: bool) -> Iterator[slice]:
+        """Slices of a chunk that open no more batches than there is room for."""
+        size = min(_SLICE_TOKENS, (self._open.max_open - 1) * (1 if by_step else batch_tokens))
+        for start in range(0, num_tokens, size):
+            yield slice(start, min(start + size, num_tokens))
+
+    def _add_slice(
+        self,
+        chunk: Trace,
+        part: slice,
+        home: NDArray[np.int32],
+        ordinal: NDArray[np.int64],
+        batch: NDArray[np.int64],
+    ) -> None:
+        from placer.cost import kernels
+
+        experts = np.array(chunk.experts[part], np.int32, order="C")
+        if chunk.weights is None:
+            weights = np.zeros((0, 0, 0), np.float32)
+        else:
+            weights = np.array(chunk.weights[part], np.float32, order="C")
+        slots = self._open.slots_of(batch)
+        served = np.empty_like(experts)
+        if self.depends_on_home:
+            kernels.serve_local(
+                experts,
+                weights,
+                self._ranks,
+                self._copies,
+                home,
+                self._coherent,
+                slots,
+                self._open.running,
+                self._placement.ranks_per_node,
+                served,
+            )
+        else:
+            kernels.serve_round_robin(experts, self._ranks, self._copies, self.num_tokens, served)
+        kernels.count(
+            served,
+            weights,
+            home,
+            (ordinal % _MAX_BLOCKS).astype(np.int32),
+            self._placement.ranks_per_node,
+            self.sums,
+            self.loads,
+            slots,
+            (ordinal % _MAX_BLOCKS % NUM_GROUPS).astype(np.int32),
+            self._open.loads,
+        )
+        self.num_tokens += experts.shape[0]
+
+
+def home_ranks(chunk: Trace, num_ranks: int, *, ignore_home: bool = False) -> NDArray[np.int32]:
+    """[T] rank where each token enters: what the trace recorded, else request mod num_ranks."""
+    if chunk.home is None or ignore_home:
+        return (chunk.request % num_ranks).astype(np.int32)
+    outside = (chunk.home < 0) | (chunk.home >= num_ranks)
+    if outside.any():
+        raise UsageError(
+            f"the trace records home rank {int(chunk.home[outside][0])}, "
+            f"the placement has {num_ranks} ranks",
+            "the trace was captured on other ranks: ignore its homes",
+        )
+    return chunk.home.astype(np.int32)
