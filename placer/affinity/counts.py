@@ -12,13 +12,6 @@ from numpy.typing import NDArray
 from placer.affinity.model import Affinity
 from placer.trace.model import PHASE_NAMES, Trace
 
-SCALE = 12006225.0
-"""Unit of the shares of tokens that use fewer than K experts: (3^2 * 5 * 7 * 11)^2.
-
-SCALE / (k * k') is a binary fraction for every k, k' <= 12 (and most above), so that float64 sums
-of it are exact and do not depend on the order of tokens or on how a trace is cut into chunks.
-"""
-
 _UNUSED = np.uint16(0xFFFF)
 _MAX_PENDING = 2**32 - 1
 _BLOCK_TOKENS = 1 << 16
@@ -59,7 +52,7 @@ class AffinityCounter:
         self._coactivation = np.zeros((num_layers, size), np.uint32)
         self._full = np.zeros((between, size), np.uint32)
         self._rest = np.zeros((between, size), np.float64)
-        self._primary = np.zeros((between, size), np.uint32)
+        self._primary_affinity = np.zeros((between, size), np.uint32)
         self._primary_pairs = np.zeros((between, size), np.uint32)
         self._histogram = np.zeros((num_layers, top_k + 1), np.int64)
 
@@ -87,7 +80,7 @@ class AffinityCounter:
             self._add_block(trace, slice(start, stop))
 
     def _add_block(self, trace: Trace, block: slice) -> None:
-        from placer.affinity.kernels import count_layer
+        from placer.affinity.kernels import count_between, count_within
 
         experts = trace.experts[block]
         low, high = int(experts.min(initial=0)), int(experts.max(initial=0))
@@ -99,22 +92,21 @@ class AffinityCounter:
         weights = np.zeros((0, 0, 0), np.float32)
         if trace.weights is not None:
             weights = np.ascontiguousarray(trace.weights[block], np.float32)
-        nothing = np.zeros(0, np.uint32)
 
         def count(layer: int) -> None:
-            last = layer + 1 == self._layer_ids.size
-            count_layer(
-                ids,
-                weights,
-                layer,
-                self._num_experts,
-                self._coactivation[layer],
-                nothing if last else self._full[layer],
-                np.zeros(0) if last else self._rest[layer],
-                nothing if last else self._primary[layer],
-                nothing if last else self._primary_pairs[layer],
-                self._histogram[layer],
-            )
+            histogram = self._histogram[layer]
+            count_within(ids, layer, self._num_experts, self._coactivation[layer], histogram)
+            if layer + 1 < self._layer_ids.size:
+                count_between(
+                    ids,
+                    weights,
+                    layer,
+                    self._num_experts,
+                    self._full[layer],
+                    self._rest[layer],
+                    self._primary_affinity[layer],
+                    self._primary_pairs[layer],
+                )
 
         layers = range(self._layer_ids.size)
         if self._threads == 1:
@@ -140,6 +132,8 @@ class AffinityCounter:
         coactivation = chosen + chosen.transpose(0, 2, 1)
         diagonal = np.arange(num_experts)
         coactivation[:, diagonal, diagonal] = chosen[:, diagonal, diagonal]
+        from placer.affinity.kernels import SCALE
+
         affinity = self._full.astype(np.float64)
         affinity *= SCALE / max(self._top_k, 1) ** 2
         affinity += self._rest
@@ -148,7 +142,7 @@ class AffinityCounter:
             layer_ids=self._layer_ids,
             coactivation=coactivation,
             affinity=affinity.reshape(between),
-            primary_affinity=self._primary.reshape(between).astype(np.int64),
+            primary_affinity=self._primary_affinity.reshape(between).astype(np.int64),
             primary_pairs=self._primary_pairs.reshape(between).astype(np.int64),
             k_histogram=self._histogram.copy(),
         )

@@ -1,5 +1,8 @@
 """Compiled counting of one layer. Imported only when something is counted: numba takes a while.
 
+What a layer adds inside itself and what it adds together with the next one are counted apart,
+because the tables of one of them stay in a core's L2 cache up to 512 experts.
+
 Shape letters: L layers, E experts, T tokens, K experts per token.
 """
 
@@ -13,6 +16,13 @@ import numpy as np
 from numba import types
 from numpy.typing import NDArray
 
+SCALE = 12006225.0
+"""Unit of the shares of tokens that use fewer than K experts: (3^2 * 5 * 7 * 11)^2.
+
+SCALE / (k * k') is a binary fraction for every k, k' <= 12 (and most above), so that float64 sums
+of it are exact and do not depend on the order of tokens or on how a trace is cut into chunks.
+"""
+
 _IDS = types.Array(types.uint16, 3, "C", readonly=True)
 _WEIGHTS = types.Array(types.float32, 3, "C", readonly=True)
 _COUNTS = types.Array(types.uint32, 1, "C")
@@ -20,10 +30,10 @@ _SHARES = types.Array(types.float64, 1, "C")
 _HISTOGRAM = types.Array(types.int64, 1, "C")
 
 
-def _compile(signature: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def _compile(signature: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Compile for one signature; keep the machine code on disk where a folder can be written."""
 
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return numba.njit(signature, nogil=True, cache=True)(function)  # type: ignore[no-any-return]
         except RuntimeError:  # no writable folder for the cache
@@ -32,78 +42,91 @@ def _compile(signature: Any) -> Callable[[Callable[..., None]], Callable[..., No
     return decorate
 
 
-@_compile(
-    types.void(
-        _IDS, _WEIGHTS, types.int64, types.int64,
-        _COUNTS, _COUNTS, _SHARES, _COUNTS, _COUNTS, _HISTOGRAM,
-    )
-)  # fmt: skip
-def count_layer(
+@_compile(types.void(_IDS, types.int64, types.int64, _COUNTS, _HISTOGRAM))
+def count_within(
     experts: NDArray[np.uint16],
-    weights: NDArray[np.float32],
     layer: int,
     num_experts: int,
     coactivation: NDArray[np.uint32],
-    full: NDArray[np.uint32],
-    rest: NDArray[np.float64],
-    primary: NDArray[np.uint32],
-    primary_pairs: NDArray[np.uint32],
     histogram: NDArray[np.int64],
 ) -> None:
-    """Add the tokens of a chunk to the tables of one layer, in token order. O(T K^2).
+    """Add the co-activations of a chunk of tokens in one layer, in token order. O(T K^2).
 
     Args:
-        experts: [T, L, K] expert ids as uint16, used ones first; an id >= num_experts = unused.
-        weights: [T, L, K] gate weights, or an array without tokens: column 0 is the primary.
-        layer: which layer; the last one has no next layer.
+        experts: [T, L, K] expert ids, used ones first; an id >= num_experts = unused.
+        layer: which layer.
         num_experts: E.
-        coactivation: [E*E] tokens that chose row and column, counted once: row in the earlier
-            column of `experts`; the diagonal is the load.
-        full: [E*E] pairs with the next layer, of tokens that use K experts in both layers.
-        rest: [E*E] the pairs of all other tokens, SCALE / (k_l * k_{l+1}) each.
-        primary: [E*E] primary expert (row) to each expert of the next layer (column).
-        primary_pairs: [E*E] primary expert to primary expert of the next layer.
-        histogram: [K+1] tokens by how many experts they use in this layer.
+        coactivation: [E*E] tokens that chose row and column, each pair once: the row is the expert
+            in the earlier column of `experts`; the diagonal is the load.
+        histogram: [K+1] tokens by how many experts they use.
     """
-    num_tokens, num_layers, top_k = experts.shape
+    num_tokens, _, top_k = experts.shape
     size = np.uint64(num_experts)
-    has_next = layer + 1 < num_layers
-    weighted = weights.shape[0] > 0
     for t in range(num_tokens):
         used = 0
-        best = 0
         while used < top_k and experts[t, layer, used] < num_experts:
-            if weighted and weights[t, layer, used] > weights[t, layer, best]:
-                best = used
             used += 1
         histogram[used] += 1
         for i in range(used):
             row = np.uint64(experts[t, layer, i]) * size
             for j in range(i, used):
                 coactivation[row + np.uint64(experts[t, layer, j])] += np.uint32(1)
-        if used == 0 or not has_next:
-            continue
 
-        following = 0
-        best_next = 0
-        while following < top_k and experts[t, layer + 1, following] < num_experts:
-            if weighted and weights[t, layer + 1, following] > weights[t, layer + 1, best_next]:
-                best_next = following
-            following += 1
-        if following == 0:
+
+@_compile(types.void(_IDS, _WEIGHTS, types.int64, types.int64, _COUNTS, _SHARES, _COUNTS, _COUNTS))
+def count_between(
+    experts: NDArray[np.uint16],
+    weights: NDArray[np.float32],
+    layer: int,
+    num_experts: int,
+    full: NDArray[np.uint32],
+    rest: NDArray[np.float64],
+    primary_affinity: NDArray[np.uint32],
+    primary_pairs: NDArray[np.uint32],
+) -> None:
+    """Add the flow of a chunk of tokens from one layer to the next, in token order. O(T K^2).
+
+    Args:
+        experts: [T, L, K] expert ids, used ones first; an id >= num_experts = unused.
+        weights: [T, L, K] gate weights, or an array without tokens: column 0 is the primary.
+        layer: which layer, not the last.
+        num_experts: E.
+        full: [E*E] pairs of the tokens that use K experts in both layers.
+        rest: [E*E] pairs of all other tokens, SCALE / (k_l * k_{l+1}) each.
+        primary_affinity: [E*E] primary expert to each expert of the next layer.
+        primary_pairs: [E*E] primary expert to primary expert of the next layer.
+    """
+    num_tokens, _, top_k = experts.shape
+    size = np.uint64(num_experts)
+    following = layer + 1
+    weighted = weights.shape[0] > 0
+    for t in range(num_tokens):
+        used = 0
+        primary = 0
+        while used < top_k and experts[t, layer, used] < num_experts:
+            if weighted and weights[t, layer, used] > weights[t, layer, primary]:
+                primary = used
+            used += 1
+        used_next = 0
+        primary_next = 0
+        while used_next < top_k and experts[t, following, used_next] < num_experts:
+            if weighted and weights[t, following, used_next] > weights[t, following, primary_next]:
+                primary_next = used_next
+            used_next += 1
+        if used == 0 or used_next == 0:
             continue
-        if used == top_k and following == top_k:
+        if used == top_k and used_next == top_k:
             for i in range(top_k):
                 row = np.uint64(experts[t, layer, i]) * size
                 for j in range(top_k):
-                    full[row + np.uint64(experts[t, layer + 1, j])] += np.uint32(1)
+                    full[row + np.uint64(experts[t, following, j])] += np.uint32(1)
         else:
-            share = 12006225.0 / (used * following)
+            share = SCALE / (used * used_next)
             for i in range(used):
                 row = np.uint64(experts[t, layer, i]) * size
-                for j in range(following):
-                    rest[row + np.uint64(experts[t, layer + 1, j])] += share
-        row = np.uint64(experts[t, layer, best]) * size
-        for j in range(following):
-            primary[row + np.uint64(experts[t, layer + 1, j])] += np.uint32(1)
-        primary_pairs[row + np.uint64(experts[t, layer + 1, best_next])] += np.uint32(1)
+                for j in range(used_next):
+                    rest[row + np.uint64(experts[t, following, j])] += share
+        row = np.uint64(experts[t, layer, primary]) * size
+        for j in range(used_next):
+            primary_affinity[row + np.uint64(experts[t, following, j])] += np.uint32(1)
+        primary_pairs[row + np.uint64(experts[t, following, primary_next])] += np.uint32(1)
