@@ -1,0 +1,313 @@
+"""Kernels: exact simulated annealing of one layer without replicas, on token bitsets.
+
+For each expert the set of tokens that use it is a row of 64-bit words; for each rank two more rows
+say which tokens have at least one and at least two of their experts there. The exact change of the
+span under a swap is then a handful of AND-NOT and population counts: O(T / 64) a proposal,
+O(slots * T / 64) an accepted one.
+
+Shape letters: E experts, G ranks, N nodes, S slots, T tokens, W = ceil(T / 64) words.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+from numba.extending import intrinsic
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def popcount(typing_context: Any, word: Any) -> Any:
+    """Number of set bits of a uint64."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.ctpop(args[0])
+
+    return types.uint64(types.uint64), generate
+
+
+@njit(cache=True, nogil=True)
+def pack_bits(experts: Any, num_experts: int) -> Any:
+    """[E + 1, W] uint64 tokens of each expert of one layer; the last row stays zero.
+
+    Args:
+        experts: [T, K] ids of one layer, -1 = unused.
+    """
+    num_tokens, top_k = experts.shape
+    bits = np.zeros((num_experts + 1, (num_tokens + 63) // 64), np.uint64)
+    for token in range(num_tokens):
+        mask = np.uint64(1) << np.uint64(token & 63)
+        for column in range(top_k):
+            expert = experts[token, column]
+            if expert >= 0:
+                bits[expert, token >> 6] |= mask
+    return bits
+
+
+@njit(cache=True, nogil=True)
+def next_random(state: Any) -> Any:
+    """One step of xorshift64*: a uint64, all bits of it good enough for proposals."""
+    x = state[0]
+    x ^= x >> np.uint64(12)
+    x ^= x << np.uint64(25)
+    x ^= x >> np.uint64(27)
+    state[0] = x
+    return x * np.uint64(2685821657736338717)
+
+
+@njit(cache=True, nogil=True)
+def uniform(state: Any) -> float:
+    """A float64 in [0, 1)."""
+    return (next_random(state) >> np.uint64(11)) * (1.0 / 9007199254740992.0)
+
+
+@njit(cache=True, nogil=True)
+def below(state: Any, limit: int) -> int:
+    """An integer in [0, limit)."""
+    return np.int64(((next_random(state) >> np.uint64(32)) * np.uint64(limit)) >> np.uint64(32))
+
+
+@njit(cache=True, nogil=True)
+def cover(bits: Any, slots: Any, first: int, last: int, once: Any, twice: Any) -> None:
+    """Fill once / twice [W]: tokens with >= 1 / >= 2 experts in slots first..last - 1."""
+    once[:] = 0
+    twice[:] = 0
+    for slot in range(first, last):
+        if slots[slot] >= 0:
+            row = bits[slots[slot]]
+            for w in range(row.size):
+                twice[w] |= once[w] & row[w]
+                once[w] |= row[w]
+
+
+@njit(cache=True, nogil=True)
+def swap_change(
+    row_a: Any, row_b: Any, once_a: Any, twice_a: Any, once_b: Any, twice_b: Any
+) -> int:
+    """Change of the summed span when an expert goes from A to B and another from B to A."""
+    change = np.int64(0)
+    for w in range(row_a.size):
+        only_a = row_a[w] & ~row_b[w]
+        only_b = row_b[w] & ~row_a[w]
+        gained = popcount(only_a & ~once_b[w]) + popcount(only_b & ~once_a[w])
+        lost = popcount(only_a & ~twice_a[w]) + popcount(only_b & ~twice_b[w])
+        change += np.int64(gained) - np.int64(lost)
+    return change
+
+
+@njit(cache=True, nogil=True)
+def stay_change(
+    row_a: Any,
+    row_b: Any,
+    once_a: Any,
+    twice_a: Any,
+    once_b: Any,
+    twice_b: Any,
+    home_a: Any,
+    home_b: Any,
+    primary_a: Any,
+    primary_b: Any,
+    next_a: Any,
+    next_b: Any,
+) -> int:
+    """Change, under the same swap, of how many tokens find an expert on the rank where they are.
+
+    Counted entering this layer (home = where the previous layer left the token) and entering the
+    next one (whose experts' ranks are next_a, next_b). Coherent dispatch saves a message each.
+    """
+    change = np.int64(0)
+    for w in range(row_a.size):
+        only_a = row_a[w] & ~row_b[w]
+        only_b = row_b[w] & ~row_a[w]
+        change += np.int64(popcount(only_a & ~once_b[w] & home_b[w]))
+        change += np.int64(popcount(only_b & ~once_a[w] & home_a[w]))
+        change -= np.int64(popcount(only_a & ~twice_a[w] & home_a[w]))
+        change -= np.int64(popcount(only_b & ~twice_b[w] & home_b[w]))
+        change += np.int64(popcount(primary_a[w] & next_b[w]))
+        change += np.int64(popcount(primary_b[w] & next_a[w]))
+        change -= np.int64(popcount(primary_a[w] & next_a[w]))
+        change -= np.int64(popcount(primary_b[w] & next_b[w]))
+    return change
+
+
+@njit(cache=True, nogil=True)
+def count_bits(rows: Any) -> int:
+    """Number of set bits of a [rows, W] table."""
+    total = np.int64(0)
+    for row in rows:
+        for w in range(row.size):
+            total += np.int64(popcount(row[w]))
+    return total
+
+
+@njit(cache=True, nogil=True)
+def anneal_layer(
+    bits: Any,
+    load: Any,
+    slots: Any,
+    num_ranks: int,
+    num_nodes: int,
+    node_weight: float,
+    token_price: float,
+    price: float,
+    square_price: float,
+    temperature: float,
+    cooling: float,
+    proposals: int,
+    seed: int,
+    coupled: bool,
+    primary_bits: Any,
+    home: Any,
+    next_once: Any,
+    node_home: Any,
+    node_next_once: Any,
+) -> Any:
+    """Anneal the slots of one layer in place by swaps; leave the best state in `slots`.
+
+    Minimises token_price * (traffic + node_weight * node traffic) + price * max / mean rank load
+    + square_price * mean square of (rank load / mean). The traffic of a token is its span, or when
+    `coupled` (coherent dispatch) twice its span less one for each of the two layer boundaries at
+    which it need not move. Cost: see the module's docstring.
+
+    Args:
+        bits: [E + 1, W] uint64 tokens of each expert, from `pack_bits`.
+        load: [E] float64 load of each expert.
+        slots: [S] int64 expert of each slot, -1 = empty; changed in place.
+        num_ranks, num_nodes: G, N.
+        node_weight: price of a node in units of a rank.
+        token_price: price of one message of one token; usually 1 / T.
+        price: price of max / mean rank load.
+        square_price: price of the mean squared relative load, which guides the search near balance.
+        temperature, cooling: first temperature, factor per proposal.
+        proposals: how many swaps to propose.
+        seed: of the random numbers.
+        coupled: whether the neighbouring layers matter.
+        primary_bits: [E + 1, W] tokens of which each expert is the primary (coupled only).
+        home, node_home: [G, W], [N, W] tokens that enter the layer on each rank, node.
+        next_once, node_next_once: [G, W], [N, W] tokens with an expert of the next layer there.
+
+    Returns:
+        The best cost that was seen, up to a constant.
+    """
+    num_slots = slots.size
+    width = num_slots // num_ranks
+    ranks_per_node = num_ranks // num_nodes
+    empty = bits.shape[0] - 1
+    words = bits.shape[1]
+    factor = 2 if coupled else 1
+    once = np.zeros((num_ranks, words), np.uint64)
+    twice = np.zeros((num_ranks, words), np.uint64)
+    for rank in range(num_ranks):
+        cover(bits, slots, rank * width, (rank + 1) * width, once[rank], twice[rank])
+    use_nodes = num_nodes > 1 and node_weight > 0.0
+    node_width = width * ranks_per_node
+    node_once = np.zeros((num_nodes, words if use_nodes else 1), np.uint64)
+    node_twice = np.zeros((num_nodes, words if use_nodes else 1), np.uint64)
+    if use_nodes:
+        for node in range(num_nodes):
+            first = node * node_width
+            cover(bits, slots, first, first + node_width, node_once[node], node_twice[node])
+    rank_load = np.zeros(num_ranks, np.float64)
+    for slot in range(num_slots):
+        if slots[slot] >= 0:
+            rank_load[slot // width] += load[slots[slot]]
+    mean = max(load.sum() / num_ranks, 1e-300)
+    rank_load /= mean
+    relative = np.zeros(load.size + 1, np.float64)
+    relative[:-1] = load / mean
+    squares = (rank_load * rank_load).sum() / num_ranks
+    peak = rank_load.max()
+    cost = price * peak + square_price * squares
+    best = cost
+    best_slots = slots.copy()
+    state = np.empty(1, np.uint64)
+    state[0] = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x2545F4914F6CDD1D)
+    for _ in range(4):
+        next_random(state)
+    if num_ranks == 1:
+        return best
+    for _ in range(proposals):
+        temperature *= cooling
+        slot_a = below(state, num_slots)
+        slot_b = below(state, num_slots)
+        rank_a = slot_a // width
+        rank_b = slot_b // width
+        expert_a = slots[slot_a]
+        expert_b = slots[slot_b]
+        if rank_a == rank_b or (expert_a < 0 and expert_b < 0):
+            continue
+        if expert_a < 0:
+            expert_a = empty
+        if expert_b < 0:
+            expert_b = empty
+        step = relative[expert_b] - relative[expert_a]
+        load_a = rank_load[rank_a] + step
+        load_b = rank_load[rank_b] - step
+        new_peak = max(load_a, load_b)
+        for rank in range(num_ranks):
+            if rank != rank_a and rank != rank_b and rank_load[rank] > new_peak:
+                new_peak = rank_load[rank]
+        new_squares = (
+            squares
+            + (
+                load_a * load_a
+                + load_b * load_b
+                - rank_load[rank_a] * rank_load[rank_a]
+                - rank_load[rank_b] * rank_load[rank_b]
+            )
+            / num_ranks
+        )
+        change = price * (new_peak - peak) + square_price * (new_squares - squares)
+        threshold = -temperature * np.log(uniform(state) + 1e-300)
+        row_a = bits[expert_a]
+        row_b = bits[expert_b]
+        moved = float(
+            factor
+            * swap_change(row_a, row_b, once[rank_a], twice[rank_a], once[rank_b], twice[rank_b])
+        )
+        if coupled:
+            moved -= stay_change(
+                row_a, row_b, once[rank_a], twice[rank_a], once[rank_b], twice[rank_b],
+                home[rank_a], home[rank_b], primary_bits[expert_a], primary_bits[expert_b],
+                next_once[rank_a], next_once[rank_b],
+            )  # fmt: skip
+        node_a = rank_a // ranks_per_node
+        node_b = rank_b // ranks_per_node
+        if use_nodes and node_a != node_b:
+            moved += (
+                node_weight
+                * factor
+                * swap_change(
+                    row_a, row_b,
+                    node_once[node_a], node_twice[node_a], node_once[node_b], node_twice[node_b],
+                )
+            )  # fmt: skip
+            if coupled:
+                moved -= node_weight * stay_change(
+                    row_a, row_b,
+                    node_once[node_a], node_twice[node_a], node_once[node_b], node_twice[node_b],
+                    node_home[node_a], node_home[node_b],
+                    primary_bits[expert_a], primary_bits[expert_b],
+                    node_next_once[node_a], node_next_once[node_b],
+                )  # fmt: skip
+        change += token_price * moved
+        if change > threshold:
+            continue
+        slots[slot_a], slots[slot_b] = slots[slot_b], slots[slot_a]
+        cost += change
+        peak = new_peak
+        squares = new_squares
+        rank_load[rank_a] = load_a
+        rank_load[rank_b] = load_b
+        cover(bits, slots, rank_a * width, (rank_a + 1) * width, once[rank_a], twice[rank_a])
+        cover(bits, slots, rank_b * width, (rank_b + 1) * width, once[rank_b], twice[rank_b])
+        if use_nodes and node_a != node_b:
+            for node in (node_a, node_b):
+                first = node * node_width
+                cover(bits, slots, first, first + node_width, node_once[node], node_twice[node])
+        if cost < best - 1e-12:
+            best = cost
+            best_slots[:] = slots
+    slots[:] = best_slots
+    return best

@@ -1,0 +1,435 @@
+"""Joint local search over traffic and load, with a cap on imbalance.
+
+Problem: place experts so that tokens meet few ranks (span), or, with coherent dispatch, so that they
+also find an expert where the previous layer left them, while the busiest rank of a layer stays
+close to the mean.
+
+Method: a layer is annealed by swaps of two slots on exact token bitsets (`solvers.anneal`) under a
+price mu on max / mean rank load (DESIGN.md section 11: one price does better than a hard cap per layer).
+
+- alltoall: layers do not influence each other. Each is annealed under a ladder of prices, which
+  yields a frontier of (traffic, imbalance) per layer; a multiple-choice knapsack then picks one
+  candidate per layer so that the mean imbalance keeps the cap, and the layers are annealed again,
+  longer and from several starts, around the price at which the knapsack settled.
+- coherent: odd and even layers are annealed in turn against their neighbours while the temperature
+  falls; between sweeps, the rank labels of each layer are matched to those of its neighbours by an
+  assignment problem, which swaps cannot do. The price is searched for by a secant on its logarithm.
+
+Complexity: O(L x proposals x T / 64) time, O(L x E x T / 64) words. No guarantee; deterministic for a
+seed when no time limit cuts it short. Source: placer.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from solvers.budget import Budget
+from solvers.problem import Problem
+from solvers.registry import register
+from solvers.result import NoSolutionFound, Solution
+
+# Prices of max / mean rank load, in messages per token and layer.
+LADDER = (0.0, 0.1, 0.2, 0.4, 0.7, 1.2, 2.0, 4.0, 10.0, 40.0)
+BALANCE_PRICE = 100.0
+COHERENT_ROUNDS = 6
+COHERENT_SWEEPS = 24
+REFINE_STARTS = 2
+
+Words = NDArray[np.uint64]
+Slots = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """One placement of one layer: its slots [S], traffic per token, and max / mean rank load."""
+
+    slots: Slots
+    traffic: float
+    imbalance: float
+
+
+@dataclass(frozen=True, eq=False)
+class Layers:
+    """The problem as the kernels want it: a row of token bits per expert and layer.
+
+    Attributes:
+        bits, primary_bits: L arrays [E + 1, W].
+        num_tokens: T; 0 when the problem has no tokens (then only load counts).
+    """
+
+    problem: Problem
+    bits: list[Words]
+    primary_bits: list[Words]
+    num_tokens: int
+
+    @property
+    def coupled(self) -> bool:
+        return self.problem.dispatch == "coherent" and self.num_tokens > 0
+
+    @property
+    def token_price(self) -> float:
+        return 1.0 / max(1, self.num_tokens)
+
+    @property
+    def heat(self) -> float:
+        """First temperature, in messages per token: a fraction of what one swap moves."""
+        problem = self.problem
+        pairs = 0.0 if problem.tokens is None else float((problem.tokens >= 0).mean())
+        used = pairs * (0 if problem.tokens is None else problem.tokens.shape[2])
+        return 0.16 * used / problem.num_experts
+
+
+def _prepare(problem: Problem) -> Layers:
+    from solvers.anneal import pack_bits
+
+    num_experts = problem.num_experts
+    if problem.tokens is None or problem.dispatch == "allgather":
+        none = np.zeros((num_experts + 1, 0), np.uint64)
+        return Layers(problem, [none] * problem.num_layers, [none] * problem.num_layers, 0)
+    tokens = problem.tokens
+    primary = tokens[:, :, 0] if problem.primary is None else problem.primary
+    bits = [
+        pack_bits(np.ascontiguousarray(tokens[:, layer], dtype=np.int64), num_experts)
+        for layer in range(problem.num_layers)
+    ]
+    primary_bits = bits
+    if problem.dispatch == "coherent":
+        primary_bits = [
+            pack_bits(np.ascontiguousarray(primary[:, layer : layer + 1], np.int64), num_experts)
+            for layer in range(problem.num_layers)
+        ]
+    return Layers(problem, bits, primary_bits, tokens.shape[0])
+
+
+def _spread(problem: Problem) -> NDArray[np.int64]:
+    """[S] contiguous experts, spare slots empty."""
+    row = np.full((problem.num_ranks, problem.slots_per_rank), -1, np.int64)
+    for rank, share in enumerate(np.array_split(np.arange(problem.num_experts), problem.num_ranks)):
+        row[rank, : share.size] = share
+    return row.reshape(-1)
+
+
+def _cover(bits: Words, slots: Slots, groups: int) -> Words:
+    """[groups, W] tokens with an expert in each of `groups` equal runs of slots."""
+    from solvers.anneal import cover
+
+    covered = np.zeros((groups, bits.shape[1]), np.uint64)
+    scratch = np.zeros(bits.shape[1], np.uint64)
+    width = slots.size // groups
+    for group in range(groups):
+        cover(bits, slots, group * width, (group + 1) * width, covered[group], scratch)
+    return covered
+
+
+def _imbalance(problem: Problem, layer: int, slots: Slots) -> float:
+    load = np.append(problem.load[layer], 0.0)[slots].reshape(problem.num_ranks, -1).sum(axis=1)
+    return float(load.max() / load.mean()) if load.any() else 1.0
+
+
+def _span(layers: Layers, layer: int, slots: Slots) -> float:
+    """Mean span of the layer, nodes included at their weight."""
+    from solvers.anneal import count_bits
+
+    problem = layers.problem
+    bits = layers.bits[layer]
+    total = float(count_bits(_cover(bits, slots, problem.num_ranks)))
+    if problem.num_nodes > 1 and problem.node_weight > 0:
+        total += problem.node_weight * count_bits(_cover(bits, slots, problem.num_nodes))
+    return total * layers.token_price
+
+
+def _anneal(
+    layers: Layers,
+    layer: int,
+    slots: Slots,
+    *,
+    price: float,
+    proposals: int,
+    seed: Sequence[int],
+    hot: float = 1.0,
+    cold: float = 1.0 / 200,
+    neighbours: tuple[Slots | None, Slots | None] = (None, None),
+) -> Slots:
+    """A copy of `slots`, annealed from hot to cold times the layer's own heat."""
+    from solvers.anneal import anneal_layer
+
+    problem = layers.problem
+    bits, primary_bits = layers.bits[layer], layers.primary_bits[layer]
+    ranks, nodes = problem.num_ranks, problem.num_nodes
+    nothing = np.zeros((max(ranks, nodes), bits.shape[1]), np.uint64)
+    home = next_once = node_home = node_next_once = nothing
+    before, after = neighbours
+    if before is not None:
+        home = _cover(layers.primary_bits[layer - 1], before, ranks)
+        node_home = _cover(layers.primary_bits[layer - 1], before, nodes)
+    if after is not None:
+        next_once = _cover(layers.bits[layer + 1], after, ranks)
+        node_next_once = _cover(layers.bits[layer + 1], after, nodes)
+    result = slots.copy()
+    heat = layers.heat + 0.02 * price * ranks / problem.num_experts
+    anneal_layer(
+        bits, problem.load[layer], result, ranks, nodes, problem.node_weight, layers.token_price,
+        price, 0.05 * price, hot * heat, (cold / hot) ** (1.0 / proposals), proposals,
+        int(np.random.SeedSequence(list(seed)).generate_state(1)[0]),
+        layers.coupled, primary_bits, home, next_once, node_home, node_next_once,
+    )  # fmt: skip
+    return result
+
+
+def choose(pools: Sequence[Sequence[Candidate]], cap: float | None) -> tuple[list[Candidate], float]:
+    """One candidate per layer: least total traffic with mean imbalance at most `cap`.
+
+    Multiple-choice knapsack by its Lagrangian (bisection on the price, O(candidates) a step), the
+    slack then filled greedily. When no choice keeps the cap, the least imbalance that there is.
+
+    Returns:
+        The choice, and the price of imbalance at which it was made.
+    """
+
+    def pick(price: float) -> list[Candidate]:
+        return [min(pool, key=lambda c: c.traffic + price * c.imbalance) for pool in pools]
+
+    def mean(choice: Iterable[Candidate]) -> float:
+        return float(np.mean([c.imbalance for c in choice]))
+
+    free = pick(0.0)
+    if cap is None or mean(free) <= cap:
+        return free, 0.0
+    tightest = [min(pool, key=lambda c: (c.imbalance, c.traffic)) for pool in pools]
+    if mean(tightest) > cap:
+        return tightest, BALANCE_PRICE
+    low, high = 0.0, 1e6
+    choice = tightest
+    for _ in range(60):
+        price = (low * high) ** 0.5 if low > 0 else min(high / 2, 1.0)
+        tried = pick(price)
+        if mean(tried) <= cap:
+            high, choice = price, tried
+        else:
+            low = price
+        if low > 0 and high / low < 1.001:
+            break
+    return _fill(pools, choice, cap), high
+
+
+def _fill(
+    pools: Sequence[Sequence[Candidate]], choice: list[Candidate], cap: float
+) -> list[Candidate]:
+    """Spend what the cap leaves on the exchanges that save most traffic per imbalance."""
+    choice = list(choice)
+    slack = cap * len(choice) - sum(c.imbalance for c in choice)
+    exchanges = [
+        (saved / max(cost, 1e-12), layer, candidate)
+        for layer, pool in enumerate(pools)
+        for candidate in pool
+        if (saved := choice[layer].traffic - candidate.traffic) > 0
+        and (cost := candidate.imbalance - choice[layer].imbalance) <= slack
+    ]
+    for _, layer, candidate in sorted(exchanges, key=lambda e: (-e[0], e[1])):
+        cost = candidate.imbalance - choice[layer].imbalance
+        if candidate.traffic < choice[layer].traffic and cost <= slack - 1e-12:
+            choice[layer] = candidate
+            slack -= cost
+    return choice
+
+
+def _proposals(problem: Problem) -> int:
+    return 1200 * max(16, problem.num_experts)
+
+
+def _separable(layers: Layers, seed: int, budget: Budget, price: float | None) -> list[Slots]:
+    """Solve layer by layer: `price` fixed, or found by the cap."""
+    problem = layers.problem
+    start = _spread(problem)
+    pools: list[list[Candidate]] = [[] for _ in range(problem.num_layers)]
+
+    def candidate(layer: int, slots: Slots) -> Candidate:
+        return Candidate(slots, _span(layers, layer, slots), _imbalance(problem, layer, slots))
+
+    def run(job: tuple[int, float, int, int, Slots]) -> tuple[int, Candidate] | None:
+        layer, mu, proposals, start_number, slots = job
+        if budget.expired():
+            return None
+        key = (seed, layer, start_number, int(mu * 1000))
+        slots = _anneal(layers, layer, slots, price=mu, proposals=proposals, seed=key)
+        return layer, candidate(layer, slots)
+
+    for layer in range(problem.num_layers):
+        pools[layer].append(candidate(layer, start))
+    long = _proposals(problem)
+    ladder = LADDER if price is None else (price,)
+    cap = problem.max_imbalance
+    with ThreadPoolExecutor(os.cpu_count()) as executor:
+
+        def extend(prices: Sequence[float], proposals: int, starts: Iterable[int]) -> None:
+            jobs = [
+                (layer, mu, proposals, number, start)
+                for number in starts
+                for mu in prices
+                for layer in range(problem.num_layers)
+            ]
+            for found in executor.map(run, jobs):
+                if found is not None:
+                    pools[found[0]].append(found[1])
+
+        extend(ladder, long // 4, [0])
+        if price is None:
+            _, settled = choose(pools, cap)
+            around = (settled / 1.6, settled, settled * 1.6) if settled > 0 else (0.0,)
+        else:
+            around = (price,)
+        extend(around, long, range(1, 1 + REFINE_STARTS))
+    if price is None:
+        chosen, _ = choose(pools, cap)
+    else:
+        chosen = [min(pool, key=lambda c: c.traffic + price * c.imbalance) for pool in pools]
+    return [c.slots for c in chosen]
+
+
+def _align(layers: Layers, placement: list[Slots]) -> list[Slots]:
+    """Relabel the ranks of each layer so that most tokens find an expert where they are.
+
+    With the neighbours fixed, the best labels of a layer are a linear assignment problem over ranks
+    (over nodes first, then over the ranks of each node, when there are several nodes).
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    problem = layers.problem
+    ranks, width = problem.num_ranks, problem.slots_per_rank
+    placement = [slots.copy() for slots in placement]
+
+    def gains(layer: int, groups: int) -> NDArray[np.int64]:
+        """[groups here, label] tokens that would not move."""
+        total = np.zeros((groups, groups), np.int64)
+        here = _cover(layers.bits[layer], placement[layer], groups)
+        if layer > 0:
+            home = _cover(layers.primary_bits[layer - 1], placement[layer - 1], groups)
+            total += np.bitwise_count(here[:, None] & home[None]).sum(axis=2, dtype=np.int64)
+        if layer + 1 < problem.num_layers:
+            leave = _cover(layers.primary_bits[layer], placement[layer], groups)
+            after = _cover(layers.bits[layer + 1], placement[layer + 1], groups)
+            total += np.bitwise_count(leave[:, None] & after[None]).sum(axis=2, dtype=np.int64)
+        return total
+
+    def relabel(layer: int, groups: int, order: NDArray[np.int64]) -> None:
+        placement[layer] = placement[layer].reshape(groups, -1)[order].reshape(-1)
+
+    for _ in range(2):
+        for layer in range(problem.num_layers):
+            if problem.num_nodes > 1:
+                group, label = linear_sum_assignment(gains(layer, problem.num_nodes), maximize=True)
+                relabel(layer, problem.num_nodes, group[np.argsort(label)])
+            gain = gains(layer, ranks)
+            for node in range(problem.num_nodes):
+                inside = slice(node * problem.ranks_per_node, (node + 1) * problem.ranks_per_node)
+                group, label = linear_sum_assignment(gain[inside, inside], maximize=True)
+                block = placement[layer].reshape(ranks, width)[inside]
+                block[:] = block[group[np.argsort(label)]]
+    return placement
+
+
+def _coherent_traffic(layers: Layers, placement: list[Slots]) -> float:
+    """Mean over layers of 2 x span less 1 for each token that finds an expert where it is."""
+    from solvers.anneal import count_bits
+
+    problem = layers.problem
+    levels = [(problem.num_ranks, 1.0)]
+    if problem.num_nodes > 1 and problem.node_weight > 0:
+        levels.append((problem.num_nodes, problem.node_weight))
+    total = 0.0
+    for groups, weight in levels:
+        home: Words | None = None
+        for layer, slots in enumerate(placement):
+            here = _cover(layers.bits[layer], slots, groups)
+            total += weight * 2 * count_bits(here)
+            if home is not None:
+                total -= weight * count_bits(here & home)
+            home = _cover(layers.primary_bits[layer], slots, groups)
+    return total * layers.token_price / problem.num_layers
+
+
+def _coherent(layers: Layers, seed: int, budget: Budget, price: float | None) -> list[Slots]:
+    """Anneal odd and even layers in turn; search for the price that meets the cap."""
+    problem = layers.problem
+    num_layers = problem.num_layers
+    cap = problem.max_imbalance
+    visited: list[tuple[float, float, float, list[Slots]]] = []
+
+    def run(mu: float, number: int) -> float:
+        """One anneal at price mu; returns its mean imbalance."""
+        placement = [_spread(problem)] * num_layers
+        steps = max(1, _proposals(problem) // COHERENT_SWEEPS)
+        ratio = (1 / 300) ** (1 / COHERENT_SWEEPS)
+        hot = 2.0
+        for sweep in range(COHERENT_SWEEPS):
+            for parity in (0, 1):
+                if budget.expired():
+                    break
+
+                def job(layer: int, now: list[Slots] = placement, hot: float = hot) -> Slots:
+                    return _anneal(
+                        layers, layer, now[layer], price=mu, proposals=steps,
+                        seed=(seed, layer, number, sweep), hot=hot, cold=hot * ratio,
+                        neighbours=(
+                            now[layer - 1] if layer > 0 else None,
+                            now[layer + 1] if layer + 1 < num_layers else None,
+                        ),
+                    )  # fmt: skip
+
+                moved = list(executor.map(job, range(parity, num_layers, 2)))
+                placement = list(placement)
+                placement[parity::2] = moved
+            hot *= ratio
+            if sweep % 3 == 2:
+                placement = _align(layers, placement)
+        placement = _align(layers, placement)
+        imbalance = float(np.mean([_imbalance(problem, i, s) for i, s in enumerate(placement)]))
+        visited.append((_coherent_traffic(layers, placement), imbalance, mu, placement))
+        return imbalance
+
+    with ThreadPoolExecutor(os.cpu_count()) as executor:
+        if price is not None or cap is None:
+            for number in range(1 + REFINE_STARTS):
+                if not budget.expired():
+                    run(price or 0.0, number)
+        else:
+            mu, low, high = 2.0, 0.0, float("inf")
+            for number in range(COHERENT_ROUNDS):
+                if budget.expired():
+                    break
+                if run(mu, number) <= cap:
+                    high = min(high, mu)
+                else:
+                    low = max(low, mu)
+                mu = (low * high) ** 0.5 if 0 < low < high < float("inf") else (
+                    high / 3 if high < float("inf") else low * 3
+                )  # fmt: skip
+    if not visited:
+        raise NoSolutionFound("the time limit passed before the first anneal ended")
+    if price is not None or cap is None:
+        return min(visited, key=lambda v: v[0] + (price or 0.0) * v[1])[3]
+    kept = [v for v in visited if v[1] <= cap]
+    return min(kept, key=lambda v: v[0])[3] if kept else min(visited, key=lambda v: v[1])[3]
+
+
+@register("local_search", source="placer")
+def local_search(problem: Problem, seed: int, budget: Budget) -> Solution:
+    """Anneals traffic and load together on exact token bitsets, under a cap on imbalance."""
+    layers = _prepare(problem)
+    price: float | None = None
+    if problem.objective == "balance" or layers.num_tokens == 0:
+        price = BALANCE_PRICE
+    elif problem.objective == "latency":
+        used = float((problem.tokens >= 0).sum(axis=2).mean()) if problem.tokens is not None else 0
+        per_message = max(problem.latency_message_us, 1e-12)
+        price = problem.latency_load_us * used / problem.num_ranks / per_message
+    search = _coherent if layers.coupled else _separable
+    placement = np.stack(search(layers, seed, budget, price))
+    stopped = "interrupted" if budget.interrupted else "time_limit" if budget.expired() else None
+    return Solution(placement, termination=stopped or "finished")
