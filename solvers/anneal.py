@@ -17,7 +17,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def popcount(typing_context: Any, word: Any) -> Any:
     """Number of set bits of a uint64."""
 
@@ -57,18 +57,18 @@ def next_random(state: Any) -> Any:
 
 
 @njit(cache=True, nogil=True)
-def uniform(state: Any) -> float:
+def uniform(state: Any) -> Any:
     """A float64 in [0, 1)."""
     return (next_random(state) >> np.uint64(11)) * (1.0 / 9007199254740992.0)
 
 
 @njit(cache=True, nogil=True)
-def below(state: Any, limit: int) -> int:
+def below(state: Any, limit: int) -> Any:
     """An integer in [0, limit)."""
     return np.int64(((next_random(state) >> np.uint64(32)) * np.uint64(limit)) >> np.uint64(32))
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def cover(bits: Any, slots: Any, first: int, last: int, once: Any, twice: Any) -> None:
     """Fill once / twice [W]: tokens with >= 1 / >= 2 experts in slots first..last - 1."""
     once[:] = 0
@@ -81,10 +81,10 @@ def cover(bits: Any, slots: Any, first: int, last: int, once: Any, twice: Any) -
                 once[w] |= row[w]
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def swap_change(
     row_a: Any, row_b: Any, once_a: Any, twice_a: Any, once_b: Any, twice_b: Any
-) -> int:
+) -> Any:
     """Change of the summed span when an expert goes from A to B and another from B to A."""
     change = np.int64(0)
     for w in range(row_a.size):
@@ -96,7 +96,7 @@ def swap_change(
     return change
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def stay_change(
     row_a: Any,
     row_b: Any,
@@ -110,7 +110,7 @@ def stay_change(
     primary_b: Any,
     next_a: Any,
     next_b: Any,
-) -> int:
+) -> Any:
     """Change, under the same swap, of how many tokens find an expert on the rank where they are.
 
     Counted entering this layer (home = where the previous layer left the token) and entering the
@@ -132,7 +132,7 @@ def stay_change(
 
 
 @njit(cache=True, nogil=True)
-def count_bits(rows: Any) -> int:
+def count_bits(rows: Any) -> Any:
     """Number of set bits of a [rows, W] table."""
     total = np.int64(0)
     for row in rows:
@@ -141,14 +141,13 @@ def count_bits(rows: Any) -> int:
     return total
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def anneal_layer(
     bits: Any,
     load: Any,
     slots: Any,
-    num_ranks: int,
-    num_nodes: int,
-    node_weight: float,
+    groups: Any,
+    weights: Any,
     token_price: float,
     price: float,
     square_price: float,
@@ -160,22 +159,21 @@ def anneal_layer(
     primary_bits: Any,
     home: Any,
     next_once: Any,
-    node_home: Any,
-    node_next_once: Any,
 ) -> Any:
     """Anneal the slots of one layer in place by swaps; leave the best state in `slots`.
 
-    Minimises token_price * (traffic + node_weight * node traffic) + price * max / mean rank load
-    + square_price * mean square of (rank load / mean). The traffic of a token is its span, or when
-    `coupled` (coherent dispatch) twice its span less one for each of the two layer boundaries at
-    which it need not move. Cost: see the module's docstring.
+    Minimises token_price * sum over levels of weight * traffic + price * max / mean rank load
+    + square_price * mean square of (rank load / mean). A level is a way to cut the slots into equal
+    groups: ranks, nodes. The traffic of a token at a level is its span there, or when `coupled`
+    (coherent dispatch) twice its span less one for each of the two layer boundaries at which it
+    need not move. Cost: see the module's docstring.
 
     Args:
         bits: [E + 1, W] uint64 tokens of each expert, from `pack_bits`.
         load: [E] float64 load of each expert.
         slots: [S] int64 expert of each slot, -1 = empty; changed in place.
-        num_ranks, num_nodes: G, N.
-        node_weight: price of a node in units of a rank.
+        groups: [levels] int64 groups at each level, ranks first: [G] or [G, N].
+        weights: [levels] float64 price of a group of each level in the span.
         token_price: price of one message of one token; usually 1 / T.
         price: price of max / mean rank load.
         square_price: price of the mean squared relative load, which guides the search near balance.
@@ -184,30 +182,26 @@ def anneal_layer(
         seed: of the random numbers.
         coupled: whether the neighbouring layers matter.
         primary_bits: [E + 1, W] tokens of which each expert is the primary (coupled only).
-        home, node_home: [G, W], [N, W] tokens that enter the layer on each rank, node.
-        next_once, node_next_once: [G, W], [N, W] tokens with an expert of the next layer there.
+        home: [sum of groups, W] tokens that enter the layer in each group, levels stacked.
+        next_once: [sum of groups, W] tokens with an expert of the next layer there.
 
     Returns:
-        The best cost that was seen, up to a constant.
+        The best cost that was seen, less the cost of the traffic at the start.
     """
     num_slots = slots.size
+    num_ranks = groups[0]
     width = num_slots // num_ranks
-    ranks_per_node = num_ranks // num_nodes
     empty = bits.shape[0] - 1
-    words = bits.shape[1]
     factor = 2 if coupled else 1
-    once = np.zeros((num_ranks, words), np.uint64)
-    twice = np.zeros((num_ranks, words), np.uint64)
-    for rank in range(num_ranks):
-        cover(bits, slots, rank * width, (rank + 1) * width, once[rank], twice[rank])
-    use_nodes = num_nodes > 1 and node_weight > 0.0
-    node_width = width * ranks_per_node
-    node_once = np.zeros((num_nodes, words if use_nodes else 1), np.uint64)
-    node_twice = np.zeros((num_nodes, words if use_nodes else 1), np.uint64)
-    if use_nodes:
-        for node in range(num_nodes):
-            first = node * node_width
-            cover(bits, slots, first, first + node_width, node_once[node], node_twice[node])
+    once = np.zeros((groups.sum(), bits.shape[1]), np.uint64)
+    twice = np.zeros((groups.sum(), bits.shape[1]), np.uint64)
+    base = 0
+    for level in range(groups.size):
+        size = num_slots // groups[level]
+        for group in range(groups[level]):
+            row = base + group
+            cover(bits, slots, group * size, (group + 1) * size, once[row], twice[row])
+        base += groups[level]
     rank_load = np.zeros(num_ranks, np.float64)
     for slot in range(num_slots):
         if slots[slot] >= 0:
@@ -248,64 +242,48 @@ def anneal_layer(
         for rank in range(num_ranks):
             if rank != rank_a and rank != rank_b and rank_load[rank] > new_peak:
                 new_peak = rank_load[rank]
-        new_squares = (
-            squares
-            + (
-                load_a * load_a
-                + load_b * load_b
-                - rank_load[rank_a] * rank_load[rank_a]
-                - rank_load[rank_b] * rank_load[rank_b]
+        before = rank_load[rank_a] * rank_load[rank_a] + rank_load[rank_b] * rank_load[rank_b]
+        new_squares = squares + (load_a * load_a + load_b * load_b - before) / num_ranks
+        moved = 0.0
+        base = 0
+        for level in range(groups.size):
+            size = num_slots // groups[level]
+            a = base + slot_a // size
+            b = base + slot_b // size
+            base += groups[level]
+            if a == b:
+                continue
+            change = factor * swap_change(
+                bits[expert_a], bits[expert_b], once[a], twice[a], once[b], twice[b]
             )
-            / num_ranks
-        )
-        change = price * (new_peak - peak) + square_price * (new_squares - squares)
-        threshold = -temperature * np.log(uniform(state) + 1e-300)
-        row_a = bits[expert_a]
-        row_b = bits[expert_b]
-        moved = float(
-            factor
-            * swap_change(row_a, row_b, once[rank_a], twice[rank_a], once[rank_b], twice[rank_b])
-        )
-        if coupled:
-            moved -= stay_change(
-                row_a, row_b, once[rank_a], twice[rank_a], once[rank_b], twice[rank_b],
-                home[rank_a], home[rank_b], primary_bits[expert_a], primary_bits[expert_b],
-                next_once[rank_a], next_once[rank_b],
-            )  # fmt: skip
-        node_a = rank_a // ranks_per_node
-        node_b = rank_b // ranks_per_node
-        if use_nodes and node_a != node_b:
-            moved += (
-                node_weight
-                * factor
-                * swap_change(
-                    row_a, row_b,
-                    node_once[node_a], node_twice[node_a], node_once[node_b], node_twice[node_b],
-                )
-            )  # fmt: skip
             if coupled:
-                moved -= node_weight * stay_change(
-                    row_a, row_b,
-                    node_once[node_a], node_twice[node_a], node_once[node_b], node_twice[node_b],
-                    node_home[node_a], node_home[node_b],
-                    primary_bits[expert_a], primary_bits[expert_b],
-                    node_next_once[node_a], node_next_once[node_b],
+                change -= stay_change(
+                    bits[expert_a], bits[expert_b], once[a], twice[a], once[b], twice[b],
+                    home[a], home[b], primary_bits[expert_a], primary_bits[expert_b],
+                    next_once[a], next_once[b],
                 )  # fmt: skip
-        change += token_price * moved
-        if change > threshold:
+            moved += weights[level] * change
+        total = (
+            token_price * moved + price * (new_peak - peak) + square_price * (new_squares - squares)
+        )
+        if total > -temperature * np.log(uniform(state) + 1e-300):
             continue
         slots[slot_a], slots[slot_b] = slots[slot_b], slots[slot_a]
-        cost += change
+        cost += total
         peak = new_peak
         squares = new_squares
         rank_load[rank_a] = load_a
         rank_load[rank_b] = load_b
-        cover(bits, slots, rank_a * width, (rank_a + 1) * width, once[rank_a], twice[rank_a])
-        cover(bits, slots, rank_b * width, (rank_b + 1) * width, once[rank_b], twice[rank_b])
-        if use_nodes and node_a != node_b:
-            for node in (node_a, node_b):
-                first = node * node_width
-                cover(bits, slots, first, first + node_width, node_once[node], node_twice[node])
+        base = 0
+        for level in range(groups.size):
+            size = num_slots // groups[level]
+            a = slot_a // size
+            b = slot_b // size
+            if a != b:
+                for group in (a, b):
+                    row = base + group
+                    cover(bits, slots, group * size, (group + 1) * size, once[row], twice[row])
+            base += groups[level]
         if cost < best - 1e-12:
             best = cost
             best_slots[:] = slots

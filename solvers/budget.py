@@ -6,6 +6,8 @@ import threading
 import time
 from dataclasses import dataclass, field
 
+from solvers.result import Termination
+
 
 @dataclass
 class Budget:
@@ -38,3 +40,9 @@ class Budget:
 
     def expired(self) -> bool:
         return self._stop.is_set() or self.remaining() <= 0.0
+
+    def termination(self) -> Termination:
+        """Why a solver that ends now ends."""
+        if self.interrupted:
+            return "interrupted"
+        return "time_limit" if self.remaining() <= 0.0 else "finished"

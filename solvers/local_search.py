@@ -1,11 +1,11 @@
 """Joint local search over traffic and load, with a cap on imbalance.
 
-Problem: place experts so that tokens meet few ranks (span), or, with coherent dispatch, so that they
-also find an expert where the previous layer left them, while the busiest rank of a layer stays
+Problem: place experts so that tokens meet few ranks (span), or, with coherent dispatch, so that
+they also find an expert where the previous layer left them, while the busiest rank of a layer stays
 close to the mean.
 
 Method: a layer is annealed by swaps of two slots on exact token bitsets (`solvers.anneal`) under a
-price mu on max / mean rank load (DESIGN.md section 11: one price does better than a hard cap per layer).
+price mu on max / mean rank load: one price does better than a hard cap on every layer.
 
 - alltoall: layers do not influence each other. Each is annealed under a ladder of prices, which
   yields a frontier of (traffic, imbalance) per layer; a multiple-choice knapsack then picks one
@@ -13,10 +13,10 @@ price mu on max / mean rank load (DESIGN.md section 11: one price does better th
   longer and from several starts, around the price at which the knapsack settled.
 - coherent: odd and even layers are annealed in turn against their neighbours while the temperature
   falls; between sweeps, the rank labels of each layer are matched to those of its neighbours by an
-  assignment problem, which swaps cannot do. The price is searched for by a secant on its logarithm.
+  assignment problem, which swaps cannot do. The price is searched for by bisection.
 
-Complexity: O(L x proposals x T / 64) time, O(L x E x T / 64) words. No guarantee; deterministic for a
-seed when no time limit cuts it short. Source: placer.
+Complexity: O(L x proposals x T / 64) time, O(L x E x T / 64) words. No guarantee; deterministic
+for a seed when no time limit cuts it short. Source: placer.
 """
 
 from __future__ import annotations
@@ -77,6 +77,18 @@ class Layers:
         return 1.0 / max(1, self.num_tokens)
 
     @property
+    def groups(self) -> NDArray[np.int64]:
+        """Groups of slots at each level at which messages count: ranks, and nodes if they do."""
+        problem = self.problem
+        nodes = problem.num_nodes > 1 and problem.node_weight > 0
+        return np.array([problem.num_ranks, problem.num_nodes][: 1 + nodes], np.int64)
+
+    @property
+    def weights(self) -> NDArray[np.float64]:
+        """What a message costs at each level."""
+        return np.array([1.0, self.problem.node_weight][: self.groups.size], np.float64)
+
+    @property
     def heat(self) -> float:
         """First temperature, in messages per token: a fraction of what one swap moves."""
         problem = self.problem
@@ -127,6 +139,11 @@ def _cover(bits: Words, slots: Slots, groups: int) -> Words:
     return covered
 
 
+def _cover_levels(layers: Layers, bits: Words, slots: Slots) -> Words:
+    """[sum of groups, W] `_cover` at every level, stacked."""
+    return np.concatenate([_cover(bits, slots, int(groups)) for groups in layers.groups])
+
+
 def _imbalance(problem: Problem, layer: int, slots: Slots) -> float:
     load = np.append(problem.load[layer], 0.0)[slots].reshape(problem.num_ranks, -1).sum(axis=1)
     return float(load.max() / load.mean()) if load.any() else 1.0
@@ -136,12 +153,8 @@ def _span(layers: Layers, layer: int, slots: Slots) -> float:
     """Mean span of the layer, nodes included at their weight."""
     from solvers.anneal import count_bits
 
-    problem = layers.problem
-    bits = layers.bits[layer]
-    total = float(count_bits(_cover(bits, slots, problem.num_ranks)))
-    if problem.num_nodes > 1 and problem.node_weight > 0:
-        total += problem.node_weight * count_bits(_cover(bits, slots, problem.num_nodes))
-    return total * layers.token_price
+    covered = [count_bits(_cover(layers.bits[layer], slots, int(g))) for g in layers.groups]
+    return float(layers.weights @ covered) * layers.token_price
 
 
 def _anneal(
@@ -161,28 +174,26 @@ def _anneal(
 
     problem = layers.problem
     bits, primary_bits = layers.bits[layer], layers.primary_bits[layer]
-    ranks, nodes = problem.num_ranks, problem.num_nodes
-    nothing = np.zeros((max(ranks, nodes), bits.shape[1]), np.uint64)
-    home = next_once = node_home = node_next_once = nothing
+    home = next_once = np.zeros((layers.groups.sum(), bits.shape[1]), np.uint64)
     before, after = neighbours
     if before is not None:
-        home = _cover(layers.primary_bits[layer - 1], before, ranks)
-        node_home = _cover(layers.primary_bits[layer - 1], before, nodes)
+        home = _cover_levels(layers, layers.primary_bits[layer - 1], before)
     if after is not None:
-        next_once = _cover(layers.bits[layer + 1], after, ranks)
-        node_next_once = _cover(layers.bits[layer + 1], after, nodes)
+        next_once = _cover_levels(layers, layers.bits[layer + 1], after)
     result = slots.copy()
-    heat = layers.heat + 0.02 * price * ranks / problem.num_experts
+    heat = layers.heat + 0.02 * price * problem.num_ranks / problem.num_experts
     anneal_layer(
-        bits, problem.load[layer], result, ranks, nodes, problem.node_weight, layers.token_price,
+        bits, problem.load[layer], result, layers.groups, layers.weights, layers.token_price,
         price, 0.05 * price, hot * heat, (cold / hot) ** (1.0 / proposals), proposals,
         int(np.random.SeedSequence(list(seed)).generate_state(1)[0]),
-        layers.coupled, primary_bits, home, next_once, node_home, node_next_once,
+        layers.coupled, primary_bits, home, next_once,
     )  # fmt: skip
     return result
 
 
-def choose(pools: Sequence[Sequence[Candidate]], cap: float | None) -> tuple[list[Candidate], float]:
+def choose(
+    pools: Sequence[Sequence[Candidate]], cap: float | None
+) -> tuple[list[Candidate], float]:
     """One candidate per layer: least total traffic with mean imbalance at most `cap`.
 
     Multiple-choice knapsack by its Lagrangian (bisection on the price, O(candidates) a step), the
@@ -338,20 +349,16 @@ def _coherent_traffic(layers: Layers, placement: list[Slots]) -> float:
     """Mean over layers of 2 x span less 1 for each token that finds an expert where it is."""
     from solvers.anneal import count_bits
 
-    problem = layers.problem
-    levels = [(problem.num_ranks, 1.0)]
-    if problem.num_nodes > 1 and problem.node_weight > 0:
-        levels.append((problem.num_nodes, problem.node_weight))
     total = 0.0
-    for groups, weight in levels:
+    for groups, weight in zip(layers.groups, layers.weights, strict=True):
         home: Words | None = None
         for layer, slots in enumerate(placement):
-            here = _cover(layers.bits[layer], slots, groups)
+            here = _cover(layers.bits[layer], slots, int(groups))
             total += weight * 2 * count_bits(here)
             if home is not None:
                 total -= weight * count_bits(here & home)
-            home = _cover(layers.primary_bits[layer], slots, groups)
-    return total * layers.token_price / problem.num_layers
+            home = _cover(layers.primary_bits[layer], slots, int(groups))
+    return total * layers.token_price / len(placement)
 
 
 def _coherent(layers: Layers, seed: int, budget: Budget, price: float | None) -> list[Slots]:
@@ -372,7 +379,9 @@ def _coherent(layers: Layers, seed: int, budget: Budget, price: float | None) ->
                 if budget.expired():
                     break
 
-                def job(layer: int, now: list[Slots] = placement, hot: float = hot) -> Slots:
+                def job(
+                    layer: int, now: list[Slots] = placement, hot: float = hot, sweep: int = sweep
+                ) -> Slots:
                     return _anneal(
                         layers, layer, now[layer], price=mu, proposals=steps,
                         seed=(seed, layer, number, sweep), hot=hot, cold=hot * ratio,
@@ -431,5 +440,4 @@ def local_search(problem: Problem, seed: int, budget: Budget) -> Solution:
         price = problem.latency_load_us * used / problem.num_ranks / per_message
     search = _coherent if layers.coupled else _separable
     placement = np.stack(search(layers, seed, budget, price))
-    stopped = "interrupted" if budget.interrupted else "time_limit" if budget.expired() else None
-    return Solution(placement, termination=stopped or "finished")
+    return Solution(placement, termination=budget.termination())
