@@ -56,18 +56,14 @@ def schema(manifest: Manifest) -> pa.Schema:
 
 
 def writer_options(manifest: Manifest) -> dict[str, Any]:
-    """Encodings: ids by dictionary, floats by byte streams, counters by differences."""
+    """Encodings that every reader of Parquet knows: ids by dictionary, counters by differences."""
     counters = [name for name in token_columns(manifest) if name != "phase"]
     encoding = dict.fromkeys(counters, "DELTA_BINARY_PACKED")
-    dictionary = ["phase", "label"]
-    for layer_id in manifest.layer_ids:
-        dictionary.append(f"{experts_column(layer_id)}.list.element")
-        if manifest.weights:
-            encoding[f"{weights_column(layer_id)}.list.element"] = "BYTE_STREAM_SPLIT"
+    experts = [f"{experts_column(layer_id)}.list.element" for layer_id in manifest.layer_ids]
     return {
         "compression": "zstd",
         "compression_level": 1,
-        "use_dictionary": dictionary,
+        "use_dictionary": ["phase", "label", *experts],
         "column_encoding": encoding,
         "write_statistics": ["request", "position", "phase", "step"],
         "write_page_checksum": True,

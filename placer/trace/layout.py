@@ -4,6 +4,7 @@ A native trace is a folder:
 
     manifest.json               what the whole trace has in common
     part-<rank>-<number>.parquet    a row per token (see `columns`)
+    open-<rank>                 there while a rank writes; left behind by one that was cut off
     closed-<rank>.json          written when a rank ends in order; says how much it wrote
 
 Other files may lie beside them: placer leaves them alone and never reads them.
@@ -32,6 +33,7 @@ CLOSED_FORMAT = "placer.trace.closed"
 SCHEMA_VERSION = 1
 
 _PART = re.compile(r"part-(\d+)-(\d+)\.parquet")
+_CLAIM = re.compile(r"open-(\d+)")
 _CLOSED = re.compile(r"closed-(\d+)\.json")
 _TEMPORARY = re.compile(r"\.(part-\d+-\d+\.parquet\.tmp|(manifest|closed-\d+)\.json\..+)")
 
@@ -148,8 +150,24 @@ def closed_name(rank: int) -> str:
     return f"closed-{rank}.json"
 
 
+def claim_name(rank: int) -> str:
+    return f"open-{rank}"
+
+
+def claim(folder: Path, rank: int) -> None:
+    """Take the stream of `rank`; two writers cannot both have it."""
+    try:
+        with (folder / claim_name(rank)).open("xb"):
+            pass
+    except FileExistsError:
+        raise UsageError(
+            f"another writer has opened rank {rank} of {folder}, or was cut off while it wrote",
+            "give each writer its own rank; to replace the trace, --force",
+        ) from None
+
+
 def write_closed(folder: Path, rank: int, *, tokens: int, parts: int) -> None:
-    """Say that the stream of `rank` is whole, and how much it holds."""
+    """Say that the stream of `rank` is whole and how much it holds, and give up the claim."""
     document = {
         "format": CLOSED_FORMAT,
         "schema_version": SCHEMA_VERSION,
@@ -158,6 +176,7 @@ def write_closed(folder: Path, rank: int, *, tokens: int, parts: int) -> None:
         "parts": parts,
     }
     write_json(folder / closed_name(rank), document)
+    (folder / claim_name(rank)).unlink(missing_ok=True)
 
 
 def read_closed(folder: Path, rank: int) -> tuple[int, int]:
@@ -185,8 +204,12 @@ def part_files(folder: Path) -> dict[int, dict[int, Path]]:
 
 def closed_ranks(folder: Path) -> set[int]:
     """The ranks that ended in order."""
-    matches = (_CLOSED.fullmatch(path.name) for path in folder.iterdir())
-    return {int(match[1]) for match in matches if match}
+    return _ranks(folder, _CLOSED)
+
+
+def claimed_ranks(folder: Path) -> set[int]:
+    """The ranks that write now, or were cut off while they wrote."""
+    return _ranks(folder, _CLAIM)
 
 
 def own_files(folder: Path) -> list[Path]:
@@ -194,7 +217,7 @@ def own_files(folder: Path) -> list[Path]:
     own = [
         path
         for path in sorted(folder.iterdir())
-        if any(pattern.fullmatch(path.name) for pattern in (_PART, _CLOSED, _TEMPORARY))
+        if any(pattern.fullmatch(path.name) for pattern in (_PART, _CLAIM, _CLOSED, _TEMPORARY))
         and not path.is_dir()
     ]
     manifest = folder / MANIFEST
@@ -205,6 +228,11 @@ def clear(folder: Path) -> None:
     """Remove placer's own files, the manifest first, so that what remains is no trace."""
     for path in own_files(folder):
         path.unlink(missing_ok=True)
+
+
+def _ranks(folder: Path, pattern: re.Pattern[str]) -> set[int]:
+    matches = (pattern.fullmatch(path.name) for path in folder.iterdir())
+    return {int(match[1]) for match in matches if match}
 
 
 def _is_ours(manifest: Path) -> bool:

@@ -48,15 +48,20 @@ class NativeSource(TraceSource):
         self.num_tokens = 0
         closed = layout.closed_ranks(folder)
         parts = layout.part_files(folder)
+        ranks = sorted({*closed, *parts, *layout.claimed_ranks(folder)})
+        self.ranks = ranks
+        self.complete = closed.issuperset(ranks)
         expected = columns.schema(manifest)
-        for rank in sorted(closed | set(parts)):
+        for rank in ranks:
             self._open_rank(rank, parts.get(rank, {}), rank in closed, expected)
-        unfinished = sorted(set(parts) - closed)
-        self.complete = not unfinished
         if self.num_tokens == 0:
             raise BadFileError(
                 f"{folder} holds no tokens", "was the run that it records cut off at once?"
             )
+
+    @property
+    def num_parts(self) -> int:
+        return len(self._parts)
 
     def _open_rank(
         self, rank: int, files: dict[int, Path], is_closed: bool, expected: pa.Schema
@@ -93,8 +98,8 @@ class NativeSource(TraceSource):
             )
         if promised is None:
             self.warnings.append(
-                f"rank {rank} was cut off while it wrote: its last tokens are missing, "
-                f"{tokens} are there"
+                f"rank {rank} is unfinished (still writing, or cut off): "
+                f"{tokens} of its tokens are there"
             )
 
     def chunks(
@@ -205,8 +210,11 @@ def _labels(batch: pa.RecordBatch, where: str) -> dict[int, str]:
     codes = label.indices.fill_null(-1).to_numpy()
     requests = batch.column("request").to_numpy()
     labelled = codes >= 0
-    pairs = np.unique(np.stack([requests[labelled], codes[labelled].astype(np.int64)]), axis=1)
-    return labels_of_pairs(pairs[0], [names[code] for code in pairs[1].tolist()], where)
+    ids, index = np.unique(requests[labelled], return_inverse=True)
+    pairs = np.unique(index * len(names) + codes[labelled])
+    return labels_of_pairs(
+        ids[pairs // len(names)], [names[code] for code in (pairs % len(names)).tolist()], where
+    )
 
 
 def _same_lengths(first: NDArray[np.int64] | None, second: NDArray[np.int64] | None) -> bool:

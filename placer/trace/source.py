@@ -168,7 +168,7 @@ class TraceSource(ABC):
             by_request = self.request_labels()
             unknown = sorted(names - set(by_request.values()))
             if unknown:
-                raise UsageError(
+                raise PlacerError(
                     f"no request of {self.name} has the label {unknown[0]!r}",
                     f"labels: {_listing(by_request.values())}",
                 )

@@ -23,6 +23,7 @@ from placer.trace.checks import (
     expert_dtype,
     expert_table,
 )
+from placer.trace.labels import add_label
 from placer.trace.model import ModelDims, Trace
 
 
@@ -92,8 +93,12 @@ class TraceWriter:
         self._where = f"trace for {self.path}"
         self._labels: dict[int, str] = {}
         self._open = True
-        _open_folder(self.path, rank, force)
-        layout.join_manifest(self.path, self._manifest, rank)
+        try:
+            _open_folder(self.path, rank, force)
+            layout.join_manifest(self.path, self._manifest, rank)
+            layout.claim(self.path, rank)
+        except OSError as error:
+            raise PlacerError(f"{self.path} cannot be written: {error}") from error
         self._buffer = _Buffer(self._manifest, part_tokens)
 
     def append(
@@ -166,16 +171,17 @@ class TraceWriter:
                 if value is None
                 else check_per_token(name, value, num_tokens, self._where, first)
             )
-        if labels is not None and len(labels) != num_tokens:
-            raise BadFileError(
-                f"{self._where}: {len(labels)} labels for {num_tokens} tokens, expected one each"
-            )
+        if labels is not None:
+            requests = arrays["request"]
+            assert requests is not None
+            self._check_labels(requests, labels)
         start = 0
         while start < num_tokens:
-            start += self._buffer.take(arrays, labels, start, num_tokens)
+            taken = self._buffer.take(arrays, labels, start, num_tokens)
+            start += taken
+            self.num_tokens += taken
             if self._buffer.is_full:
                 self._write_part()
-        self.num_tokens += num_tokens
 
     def append_trace(self, trace: Trace) -> None:
         """Add all tokens of a trace, with what the writer records; the rest is left aside."""
@@ -231,6 +237,21 @@ class TraceWriter:
         with contextlib.suppress(PlacerError):  # the error that ended the block matters more
             self.flush()
         self._open = False
+
+    def _check_labels(self, request: NDArray[Any], labels: Sequence[str | None]) -> None:
+        """One label for each token, and the same one for all tokens of a request."""
+        if len(labels) != len(request):
+            raise BadFileError(
+                f"{self._where}: {len(labels)} labels for {len(request)} tokens, expected one each"
+            )
+        for request_id, label in set(zip(request.tolist(), labels, strict=True)):
+            if label is not None and not isinstance(label, str):
+                raise BadFileError(
+                    f"{self._where}: the label of request {request_id} is {label!r}, "
+                    "expected a string"
+                )
+            if label:
+                add_label(self._labels, request_id, label, self._where)
 
     def _write_part(self) -> None:
         name = layout.part_name(self.rank, self.num_parts)
@@ -332,7 +353,8 @@ def _open_folder(path: Path, rank: int, force: bool) -> None:
     if force:
         layout.clear(path)
         return
-    if rank in layout.part_files(path) or rank in layout.closed_ranks(path):
+    written = {*layout.part_files(path), *layout.closed_ranks(path), *layout.claimed_ranks(path)}
+    if rank in written:
         raise UsageError(
             f"{path} holds a trace already (rank {rank} has written to it)",
             "give another path, or --force to replace it",
