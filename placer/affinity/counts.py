@@ -9,12 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
+from placer.affinity.blocks import MOST_EXPERTS, blocks
+from placer.affinity.groups import GroupKey
 from placer.affinity.model import Affinity
-from placer.trace.model import PHASE_NAMES, Trace
+from placer.trace.model import Trace
 
-_UNUSED = np.uint16(0xFFFF)
 _MAX_PENDING = 2**32 - 1
-_BLOCK_TOKENS = 1 << 16
 
 Progress = Callable[[int], None]
 """Called with the number of tokens just counted."""
@@ -35,8 +35,8 @@ class AffinityCounter:
     def __init__(
         self, num_experts: int, layer_ids: NDArray[np.int64], threads: int | None = None
     ) -> None:
-        if not 1 <= num_experts < _UNUSED:
-            raise ValueError(f"num_experts is {num_experts}, expected 1..{_UNUSED - 1}")
+        if not 1 <= num_experts <= MOST_EXPERTS:
+            raise ValueError(f"num_experts is {num_experts}, expected 1..{MOST_EXPERTS}")
         self._num_experts = num_experts
         self._layer_ids = np.asarray(layer_ids, np.int64)
         self._threads = threads or _available_cores()
@@ -73,25 +73,16 @@ class AffinityCounter:
             )
         if trace.top_k != self._top_k:
             self._spill(trace.top_k)
-        for start in range(0, trace.num_tokens, _BLOCK_TOKENS):
-            stop = min(start + _BLOCK_TOKENS, trace.num_tokens)
-            if self._pending + stop - start > _MAX_PENDING:
+        for block, ids in blocks(trace):
+            if self._pending + len(ids) > _MAX_PENDING:
                 self._spill(trace.top_k)
-            self._add_block(trace, slice(start, stop))
+            weights = np.zeros((0, 0, 0), np.float32)
+            if trace.weights is not None:
+                weights = np.ascontiguousarray(trace.weights[block], np.float32)
+            self._add_block(ids, weights)
 
-    def _add_block(self, trace: Trace, block: slice) -> None:
+    def _add_block(self, ids: NDArray[np.uint16], weights: NDArray[np.float32]) -> None:
         from placer.affinity.kernels import count_between, count_within
-
-        experts = trace.experts[block]
-        low, high = int(experts.min(initial=0)), int(experts.max(initial=0))
-        if low < -1 or high >= self._num_experts:
-            raise ValueError(
-                f"expert ids lie in {low}..{high}, expected -1..{self._num_experts - 1}"
-            )
-        ids = np.ascontiguousarray(experts.astype(np.int16, copy=False)).view(np.uint16)
-        weights = np.zeros((0, 0, 0), np.float32)
-        if trace.weights is not None:
-            weights = np.ascontiguousarray(trace.weights[block], np.float32)
 
         def count(layer: int) -> None:
             histogram = self._histogram[layer]
@@ -125,6 +116,8 @@ class AffinityCounter:
         self._start(top_k)
 
     def _part(self) -> Affinity:
+        from placer.affinity.kernels import SCALE
+
         num_layers, num_experts = self._layer_ids.size, self._num_experts
         shape = (num_layers, num_experts, num_experts)
         between = (max(num_layers - 1, 0), num_experts, num_experts)
@@ -132,8 +125,6 @@ class AffinityCounter:
         coactivation = chosen + chosen.transpose(0, 2, 1)
         diagonal = np.arange(num_experts)
         coactivation[:, diagonal, diagonal] = chosen[:, diagonal, diagonal]
-        from placer.affinity.kernels import SCALE
-
         affinity = self._full.astype(np.float64)
         affinity *= SCALE / max(self._top_k, 1) ** 2
         affinity += self._rest
@@ -182,7 +173,7 @@ def count_chunks(
 
 def count_by(
     chunks: Iterable[Trace],
-    key: Callable[[Trace], NDArray[np.str_]],
+    key: GroupKey,
     *,
     progress: Progress | None = None,
     threads: int | None = None,
@@ -191,7 +182,7 @@ def count_by(
 
     Args:
         chunks: the trace.
-        key: gives the group of each token of a chunk, [T]; see `phase_of` and `label_of`.
+        key: `phase_of`, `label_of`, or another; see `placer.affinity.groups`.
         progress: told of the tokens counted.
         threads: how many.
 
@@ -200,27 +191,16 @@ def count_by(
     """
     counters: dict[str, AffinityCounter] = {}
     for chunk in chunks:
-        groups = key(chunk)
-        for group in np.unique(groups):
-            name = str(group)
+        names, index = key(chunk)
+        present = np.nonzero(np.bincount(index, minlength=len(names)))[0].tolist()
+        for group in present:
+            name = names[group]
             if name not in counters:
                 counters[name] = AffinityCounter(chunk.num_experts, chunk.layer_ids, threads)
-            counters[name].add(chunk.select(groups == group))
+            counters[name].add(chunk if len(present) == 1 else chunk.select(index == group))
         if progress is not None:
             progress(chunk.num_tokens)
     return {name: counters[name].result() for name in sorted(counters)}
-
-
-def phase_of(trace: Trace) -> NDArray[np.str_]:
-    """[T] "prefill" or "decode": a key for `count_by`."""
-    return np.array(PHASE_NAMES)[trace.phase]
-
-
-def label_of(trace: Trace) -> NDArray[np.str_]:
-    """[T] workload label of the token's request, "" where it has none: a key for `count_by`."""
-    requests, inverse = np.unique(trace.request, return_inverse=True)
-    labels = [trace.labels.get(int(request), "") for request in requests]
-    return np.array(labels, np.str_)[inverse]
 
 
 def _available_cores() -> int:

@@ -28,6 +28,7 @@ _WEIGHTS = types.Array(types.float32, 3, "C", readonly=True)
 _COUNTS = types.Array(types.uint32, 1, "C")
 _SHARES = types.Array(types.float64, 1, "C")
 _HISTOGRAM = types.Array(types.int64, 1, "C")
+_PART = types.Array(types.int64, 1, "C", readonly=True)
 
 
 def _compile(signature: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -130,3 +131,32 @@ def count_between(
         for j in range(used_next):
             primary_affinity[row + np.uint64(experts[t, following, j])] += np.uint32(1)
         primary_pairs[row + np.uint64(experts[t, following, primary_next])] += np.uint32(1)
+
+
+@_compile(
+    types.void(_IDS, _PART, types.Array(types.int64, 3, "C"), types.Array(types.int64, 2, "C"))
+)
+def count_parts(
+    experts: NDArray[np.uint16],
+    part: NDArray[np.int64],
+    load: NDArray[np.int64],
+    tokens: NDArray[np.int64],
+) -> None:
+    """Add the load of a chunk of tokens to the part that each belongs to. O(T L K).
+
+    Args:
+        experts: [T, L, K] expert ids, used ones first; an id >= num_experts = unused.
+        part: [T] index of the part.
+        load: [parts, L, E] token-expert pairs.
+        tokens: [parts, L] tokens that use experts of the layer.
+    """
+    num_tokens, num_layers, top_k = experts.shape
+    num_experts = load.shape[2]
+    for t in range(num_tokens):
+        for layer in range(num_layers):
+            used = 0
+            while used < top_k and experts[t, layer, used] < num_experts:
+                load[part[t], layer, experts[t, layer, used]] += 1
+                used += 1
+            if used > 0:
+                tokens[part[t], layer] += 1
