@@ -3,7 +3,8 @@
 numba is imported when a replay first needs it, not when this package is imported.
 """
 
-from placer.cost.metrics import METRICS, MetricInfo, Metrics, compare, measure
+from placer.cost.definitions import METRICS, MetricInfo
+from placer.cost.metrics import Metrics, compare, measure
 from placer.cost.replay import Replay, replay
 
 __all__ = [

@@ -1,9 +1,10 @@
-"""Confidence intervals over requests: percentile bootstrap, and a group jackknife for batches.
+"""Confidence intervals over requests: bootstrap, and a group jackknife for batches.
 
 Requests are what is drawn again, never tokens: the tokens of one request are alike. Sums per
 request make a resample a row of counts, so B resamples are one matrix product.
 
-References: Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapters 11 and 13.
+References: Davison & Hinkley, Bootstrap Methods and their Application (1997), section 5.2 (basic
+and percentile intervals); Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapter 11.
 """
 
 from __future__ import annotations
@@ -31,6 +32,19 @@ def percentile(resampled: NDArray[np.float64], confidence: float) -> Interval | 
     tail = (1 - confidence) / 2
     low, high = np.quantile(resampled, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def basic(value: float, resampled: NDArray[np.float64], confidence: float) -> Interval | None:
+    """[2 value - high, 2 value - low] of the percentile interval, widened to hold `value`.
+
+    For figures made of a maximum. A sample's busiest rank is busier than it would be over many
+    requests, and a resample's busier still, so the percentile interval lies on the wrong side.
+    """
+    central = percentile(resampled, confidence)
+    if central is None:
+        return None
+    low, high = 2 * value - central[1], 2 * value - central[0]
+    return min(low, value), max(high, value)
 
 
 def resampled_loads(

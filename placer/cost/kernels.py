@@ -37,16 +37,14 @@ _njit: Any = njit(nogil=True, cache=True)
 
 
 @_njit
-def serve_round_robin(
-    experts: Ints, ranks: Ints, copies: Ints, first_token: int, served: Ints
-) -> None:
+def serve_round_robin(experts: Ints, ranks: Ints, copies: Ints, index: Longs, served: Ints) -> None:
     """Give token i of the trace copy number i mod copies of each of its experts.
 
     Args:
         experts: [T, L, K] logical ids, -1 = unused.
         ranks: [L, E, C] ranks of each expert's copies, increasing.
         copies: [L, E] number of copies.
-        first_token: index in the trace of the slice's first token.
+        index: [T] index of each token in the trace.
         served: [T, L, K], written: the rank that serves each pair, -1 = unused.
     """
     num_tokens, num_layers, top_k = experts.shape
@@ -60,7 +58,7 @@ def serve_round_robin(
                 elif one_copy:
                     served[t, l, k] = ranks[l, e, 0]
                 else:
-                    served[t, l, k] = ranks[l, e, (first_token + t) % copies[l, e]]
+                    served[t, l, k] = ranks[l, e, index[t] % copies[l, e]]
 
 
 @_njit

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from placer.cost.batches import BatchFigures
+from placer.cost.definitions import METRICS
 from placer.cost.intervals import (
     Interval,
+    basic,
     jackknife,
     percentile,
     resample_counts,
@@ -18,115 +21,6 @@ from placer.cost.intervals import (
 )
 from placer.cost.replay import SUMS, Replay
 from placer.errors import UsageError
-
-Better = Literal["lower", "higher"]
-
-
-@dataclass(frozen=True)
-class MetricInfo:
-    """What a figure means.
-
-    Attributes:
-        name: as in JSON output.
-        unit: what it counts, "" for a pure ratio.
-        better: which direction is good.
-        description: one sentence.
-    """
-
-    name: str
-    unit: str
-    better: Better
-    description: str
-
-
-METRICS: tuple[MetricInfo, ...] = (
-    MetricInfo("span", "ranks", "lower", "distinct ranks that serve a token's experts in a layer"),
-    MetricInfo(
-        "messages_alltoall",
-        "messages per token-layer",
-        "lower",
-        "ranks other than the home rank that a token is sent to; the home is fixed",
-    ),
-    MetricInfo(
-        "messages_coherent",
-        "messages per token-layer",
-        "lower",
-        "remote ranks that a token is sent to plus results brought to the primary expert's rank, "
-        "which becomes the home",
-    ),
-    MetricInfo("node_span", "nodes", "lower", "span, counting nodes"),
-    MetricInfo(
-        "node_messages_alltoall",
-        "messages per token-layer",
-        "lower",
-        "messages_alltoall, counting nodes",
-    ),
-    MetricInfo(
-        "node_messages_coherent",
-        "messages per token-layer",
-        "lower",
-        "messages_coherent, counting nodes",
-    ),
-    MetricInfo(
-        "cross_rank_fraction",
-        "",
-        "lower",
-        "share of expert pairs of consecutive layers on different ranks",
-    ),
-    MetricInfo(
-        "cross_rank_fraction_per_token",
-        "",
-        "lower",
-        "the same, every token's transition between two layers counting once",
-    ),
-    MetricInfo("cross_node_fraction", "", "lower", "cross_rank_fraction, counting nodes"),
-    MetricInfo(
-        "cross_node_fraction_per_token",
-        "",
-        "lower",
-        "cross_rank_fraction_per_token, counting nodes",
-    ),
-    MetricInfo(
-        "imbalance", "", "lower", "max / mean rank load over the whole trace, mean over layers"
-    ),
-    MetricInfo(
-        "imbalance_batches_mean",
-        "",
-        "lower",
-        "max / mean rank load within a batch, mean over layers, mean over batches",
-    ),
-    MetricInfo("imbalance_batches_p95", "", "lower", "the same, 95th percentile over batches"),
-    MetricInfo(
-        "imbalance_mixed_batches_mean",
-        "",
-        "lower",
-        "imbalance_batches_mean with batches mixed from all requests",
-    ),
-    MetricInfo(
-        "imbalance_mixed_batches_p95",
-        "",
-        "lower",
-        "imbalance_batches_p95 with batches mixed from all requests",
-    ),
-    MetricInfo(
-        "balancedness",
-        "",
-        "higher",
-        "sum over layers of mean rank load / sum of max rank load, whole trace (as vLLM logs it)",
-    ),
-    MetricInfo(
-        "sglang_balancedness",
-        "",
-        "higher",
-        "mean over batches of the mean over layers of mean / max rank load (SGLang's definition)",
-    ),
-    MetricInfo(
-        "tensorrt_llm_imbalance_ratio",
-        "",
-        "lower",
-        "max / mean rank load - 1, mean over batches, then over layers (TensorRT-LLM's definition)",
-    ),
-)
 
 # name -> the two columns of the sums whose ratio it is
 _RATIOS = {
@@ -183,14 +77,22 @@ class _Draws:
 
     value: float
     drawn: NDArray[np.float64]
-    by: Literal["bootstrap", "jackknife"]
+    by: Literal["percentile", "basic", "jackknife"]
 
-    def interval(self, confidence: float) -> Interval | None:
+    def interval(
+        self, confidence: float, bounds: tuple[float, float] = (-inf, inf)
+    ) -> Interval | None:
         if self.drawn.size == 0:
             return None
-        if self.by == "bootstrap":
-            return percentile(self.drawn, confidence)
-        return jackknife(self.value, self.drawn, confidence)
+        if self.by == "percentile":
+            found = percentile(self.drawn, confidence)
+        elif self.by == "basic":
+            found = basic(self.value, self.drawn, confidence)
+        else:
+            found = jackknife(self.value, self.drawn, confidence)
+        if found is None:
+            return None
+        return max(found[0], bounds[0]), min(found[1], bounds[1])
 
 
 def measure(
@@ -198,8 +100,9 @@ def measure(
 ) -> Metrics:
     """All figures of a replay, with intervals over requests.
 
-    Means, imbalance and balancedness: percentile bootstrap over requests. Figures over batches:
-    group jackknife over requests, because a resample would have to form batches anew.
+    Means and shares: percentile bootstrap over requests. Imbalance and balancedness: basic
+    bootstrap from the same resamples. Figures over batches: group jackknife over requests,
+    because a resample would have to form batches anew. docs/metrics.md says why.
 
     Args:
         replay: from `placer.cost.replay.replay`.
@@ -210,9 +113,10 @@ def measure(
     Cost: O(B R L G) for R requests, as matrix products.
     """
     draws = _draw(replay, num_resamples, seed)
+    bounds = {info.name: info.bounds for info in METRICS}
     return Metrics(
         values={name: _finite(draw.value) for name, draw in draws.items()},
-        intervals={name: draw.interval(confidence) for name, draw in draws.items()},
+        intervals={name: draw.interval(confidence, bounds[name]) for name, draw in draws.items()},
         confidence=confidence,
         num_resamples=num_resamples,
         seed=seed,
@@ -295,7 +199,7 @@ def _draw(replay: Replay, num_resamples: int, seed: int) -> dict[str, _Draws]:
         draws[name] = _Draws(
             float(_divide(totals[above], totals[below])),
             _divide(drawn_totals[:, above], drawn_totals[:, below]),
-            "bootstrap",
+            "percentile",
         )
 
     def of_loads(loads: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -303,8 +207,8 @@ def _draw(replay: Replay, num_resamples: int, seed: int) -> dict[str, _Draws]:
 
     whole = of_loads(replay.rank_load.astype(np.float64))
     drawn = resampled_loads(counts, replay.loads, of_loads) if resampled else np.zeros((0, 2))
-    draws["imbalance"] = _Draws(float(whole[0]), drawn[:, 0], "bootstrap")
-    draws["balancedness"] = _Draws(float(whole[1]), drawn[:, 1], "bootstrap")
+    draws["imbalance"] = _Draws(float(whole[0]), drawn[:, 0], "basic")
+    draws["balancedness"] = _Draws(float(whole[1]), drawn[:, 1], "basic")
     with_groups = resampled > 0
     draws |= _batch_draws(replay.batches, "imbalance_batches", with_groups)
     if replay.mixed_batches is not None:

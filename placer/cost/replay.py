@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from placer.cost.batches import NUM_GROUPS, BatchFigures, BatchLoads
+from placer.cost.serving import ReplicaPolicy, Server, home_ranks, kernel_arrays
 from placer.errors import UsageError
 from placer.placement import Placement
 from placer.trace.model import Trace
 from solvers.problem import Dispatch
-
-ReplicaPolicy = Literal["local", "round_robin"]
 
 SUMS = (
     "token_layers",
@@ -108,18 +107,6 @@ def replay(
     """
     if batch_tokens < 1:
         raise UsageError(f"batch_tokens is {batch_tokens}, expected at least 1")
-    if dispatch not in get_args(Dispatch):
-        raise UsageError(
-            f"unknown dispatch {dispatch!r}", f"one of {', '.join(get_args(Dispatch))}"
-        )
-    if replica_policy not in get_args(ReplicaPolicy):
-        raise UsageError(
-            f"unknown replica policy {replica_policy!r}",
-            f"one of {', '.join(get_args(ReplicaPolicy))}",
-        )
-    problems = placement.problems()
-    if problems:
-        raise UsageError(f"the placement is unsound: {problems[0]}")
     chunks = iter([source] if isinstance(source, Trace) else source)
     first = next(chunks, None)
     if first is None:
@@ -127,7 +114,7 @@ def replay(
     by_step = first.step is not None
     main = _Pass(placement, dispatch, replica_policy, ignore_home)
     # With replicas under `local` the two dispatch models serve different copies.
-    split = main.depends_on_home
+    split = main.server.depends_on_home
     other: Dispatch = "alltoall" if dispatch == "coherent" else "coherent"
     second = _Pass(placement, other, replica_policy, ignore_home) if split else None
     kept: list[Trace] = []
@@ -138,10 +125,11 @@ def replay(
         for run in (main, second):
             if run is not None:
                 run.add(chunk, batch_tokens)
-        if mixed_batches and num_kept < _MIXED_TOKENS:
-            part = chunk.select(np.arange(chunk.num_tokens) < _MIXED_TOKENS - num_kept)
-            kept.append(part)
-            num_kept += part.num_tokens
+        room = _MIXED_TOKENS - num_kept
+        if mixed_batches and room > 0:
+            fits = chunk.num_tokens <= room
+            kept.append(chunk if fits else chunk.select(np.arange(chunk.num_tokens) < room))
+            num_kept += kept[-1].num_tokens
     sums = main.sums
     if second is not None:
         sums = sums.copy()
@@ -206,7 +194,7 @@ class _Pass:
     """One walk over the tokens under one dispatch model.
 
     Attributes:
-        depends_on_home: whether the home rank decides which copy serves a pair.
+        server: which copy serves a pair.
         num_tokens: tokens so far.
         ordinals: request id -> its number in the order of first appearance.
         sums, loads: as in `Replay`.
@@ -219,33 +207,30 @@ class _Pass:
         replica_policy: ReplicaPolicy,
         ignore_home: bool,
     ) -> None:
-        self._placement = placement
-        self._coherent = dispatch == "coherent"
+        self.server = Server(placement, dispatch, replica_policy)
         self._ignore_home = ignore_home
-        self._ranks = placement.ranks_of_experts()
-        self._copies = (self._ranks >= 0).sum(axis=2).astype(np.int32)
-        self.depends_on_home = replica_policy == "local" and self._ranks.shape[2] > 1
         self.num_tokens = 0
         self.ordinals: dict[int, int] = {}
         num_layers, num_ranks = placement.num_layers, placement.num_ranks
         self.sums = np.zeros((0, len(SUMS)))
         self.loads = np.zeros((0, num_layers, num_ranks), np.int64)
-        self._open = BatchLoads(num_layers, num_ranks, with_running=self.depends_on_home)
+        self._open = BatchLoads(num_layers, num_ranks, with_running=self.server.depends_on_home)
         self._unfinished: int | None = None  # the last batch, while it is not full
 
     def add(self, chunk: Trace, batch_tokens: int) -> None:
         """Count a chunk's tokens."""
-        self._check(chunk)
-        home = home_ranks(chunk, self._placement.num_ranks, ignore_home=self._ignore_home)
+        self.server.check(chunk)
+        num_ranks = self.server.placement.num_ranks
+        home = home_ranks(chunk, num_ranks, ignore_home=self._ignore_home)
         ordinal = self._ordinals_of(chunk.request)
         for part in self._slices(chunk.num_tokens, batch_tokens, by_step=chunk.step is not None):
+            index = self.num_tokens + np.arange(part.stop - part.start)
             if chunk.step is None:
-                index = self.num_tokens + np.arange(part.stop - part.start)
                 batch = index // batch_tokens
                 self._open.close_below(int(batch[0]))
             else:
                 batch = chunk.step[part]
-            self._add_slice(chunk, part, home[part], ordinal[part], batch)
+            self._add_slice(chunk, part, index, home[part], ordinal[part], batch)
         if chunk.step is None and self.num_tokens:
             full, rest = divmod(self.num_tokens, batch_tokens)
             self._unfinished = full if rest and full else None
@@ -255,15 +240,6 @@ class _Pass:
         if self._unfinished is not None:
             self._open.discard(self._unfinished)
         return self._open.finish(how)
-
-    def _check(self, chunk: Trace) -> None:
-        found = (chunk.num_layers, chunk.num_experts)
-        expected = (self._placement.num_layers, self._placement.num_experts)
-        if found != expected:
-            raise UsageError(
-                f"the trace has {found[0]} layers of {found[1]} experts, "
-                f"the placement {expected[0]} layers of {expected[1]}"
-            )
 
     def _ordinals_of(self, request: NDArray[np.int64]) -> NDArray[np.int64]:
         """[T] number of each token's request, in the order of first appearance."""
@@ -288,58 +264,26 @@ class _Pass:
         self,
         chunk: Trace,
         part: slice,
+        index: NDArray[np.int64],
         home: NDArray[np.int32],
         ordinal: NDArray[np.int64],
         batch: NDArray[np.int64],
     ) -> None:
         from placer.cost import kernels
 
-        experts = np.array(chunk.experts[part], np.int32, order="C")
-        if chunk.weights is None:
-            weights = np.zeros((0, 0, 0), np.float32)
-        else:
-            weights = np.array(chunk.weights[part], np.float32, order="C")
+        experts, weights = kernel_arrays(chunk, part)
         slots = self._open.slots_of(batch)
-        served = np.empty_like(experts)
-        if self.depends_on_home:
-            kernels.serve_local(
-                experts,
-                weights,
-                self._ranks,
-                self._copies,
-                home,
-                self._coherent,
-                slots,
-                self._open.running,
-                self._placement.ranks_per_node,
-                served,
-            )
-        else:
-            kernels.serve_round_robin(experts, self._ranks, self._copies, self.num_tokens, served)
+        block = ordinal % _MAX_BLOCKS
         kernels.count(
-            served,
+            self.server.serve(experts, weights, home, index, slots, self._open.running),
             weights,
             home,
-            (ordinal % _MAX_BLOCKS).astype(np.int32),
-            self._placement.ranks_per_node,
+            block.astype(np.int32),
+            self.server.placement.ranks_per_node,
             self.sums,
             self.loads,
             slots,
-            (ordinal % _MAX_BLOCKS % NUM_GROUPS).astype(np.int32),
+            (block % NUM_GROUPS).astype(np.int32),
             self._open.loads,
         )
         self.num_tokens += experts.shape[0]
-
-
-def home_ranks(chunk: Trace, num_ranks: int, *, ignore_home: bool = False) -> NDArray[np.int32]:
-    """[T] rank where each token enters: what the trace recorded, else request mod num_ranks."""
-    if chunk.home is None or ignore_home:
-        return (chunk.request % num_ranks).astype(np.int32)
-    outside = (chunk.home < 0) | (chunk.home >= num_ranks)
-    if outside.any():
-        raise UsageError(
-            f"the trace records home rank {int(chunk.home[outside][0])}, "
-            f"the placement has {num_ranks} ranks",
-            "the trace was captured on other ranks: ignore its homes",
-        )
-    return chunk.home.astype(np.int32)
