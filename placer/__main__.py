@@ -1,0 +1,5 @@
+"""`python -m placer`."""
+
+from placer.cli.app import main
+
+main()

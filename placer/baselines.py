@@ -1,0 +1,44 @@
+"""Placements that a plan is compared with: by name, or from another plan file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from placer.errors import UsageError
+from placer.placement import Placement, contiguous
+from placer.plan import Plan, read_plan
+
+
+def baseline_placement(name: str, plan: Plan) -> Placement:
+    """The placement called `name` for the same model and ranks as `plan`.
+
+    Args:
+        name: "contiguous", "round_robin", or the path of a plan file.
+        plan: gives layers, experts, ranks and slots.
+
+    Raises:
+        UsageError: no such baseline, or a plan of another model.
+    """
+    ours = plan.placement
+    if name == "contiguous":
+        return contiguous(
+            ours.num_layers,
+            ours.num_experts,
+            ours.num_ranks,
+            ours.slots_per_rank,
+            ours.ranks_per_node,
+        )
+    if Path(name).is_file():
+        other = read_plan(Path(name))
+        theirs = other.placement
+        if (theirs.num_layers, theirs.num_experts) != (ours.num_layers, ours.num_experts):
+            raise UsageError(
+                f"{name} places {theirs.num_layers} layers x {theirs.num_experts} experts, "
+                f"the plan {ours.num_layers} x {ours.num_experts}",
+                "compare plans of one model",
+            )
+        return theirs
+    raise UsageError(
+        f"no baseline is called {name!r}",
+        "contiguous, or the path of a plan file; other methods: placer solve --solver NAME",
+    )

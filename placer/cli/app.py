@@ -1,0 +1,91 @@
+"""The command `placer`: one module per command; errors are turned into exit codes here."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from placer import __version__
+from placer.errors import PlacerError
+
+
+class _Group(TyperGroup):
+    """Shows placer's own errors as a line and a hint, and exits with their code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PlacerError as error:
+            from placer.report.console import show_error
+
+            show_error(error.message, error.hint)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            from placer.report.console import show_error
+
+            show_error("interrupted", "")
+            raise typer.Exit(1) from None
+        except BrokenPipeError:
+            sys.stderr.close()
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    name="placer",
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Expert placement and scheduling for Mixture-of-Experts inference.",
+)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        print(f"placer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Expert placement and scheduling for Mixture-of-Experts inference.
+
+    trace a running model -> analyze its routing -> solve for a placement -> evaluate it on
+    held-out tokens -> a plan file that serving engines load.
+    """
+
+
+def _register() -> None:
+    from placer.cli import (
+        analyze,
+        compare,
+        demo,
+        doctor,
+        evaluate,
+        importing,
+        inspecting,
+        solve,
+        tracing,
+    )
+
+    for module in (
+        demo, tracing, importing, inspecting, analyze, solve, evaluate, compare, doctor,
+    ):  # fmt: skip
+        module.register(app)
+
+
+_register()
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

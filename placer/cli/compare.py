@@ -1,0 +1,69 @@
+"""`placer compare`: solvers side by side on the same held-out tokens."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from placer.cli import options
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command("compare")(compare)
+
+
+def compare(
+    traces: options.Traces,
+    gpus: options.Gpus,
+    solvers: Annotated[
+        str, typer.Option("--solvers", help="Names, separated by commas; all = every solver.")
+    ] = "all",
+    nodes: options.Nodes = 1,
+    slots_per_rank: options.SlotsPerRank = None,
+    dispatch: options.Dispatch = options.DispatchName.alltoall,
+    objective: Annotated[
+        options.ObjectiveName, typer.Option("--objective", help="What to minimise.")
+    ] = options.ObjectiveName.traffic,
+    max_imbalance: options.MaxImbalance = None,
+    phase: options.Phase = None,
+    seed: options.Seed = 0,
+    time_limit: options.TimeLimit = None,
+    holdout: options.Holdout = 0.5,
+    in_sample: options.InSample = False,
+    node_weight: options.NodeWeight = 4.0,
+    replica_policy: options.ReplicaPolicy = options.ReplicaPolicyName.local,
+    json_output: options.JsonOutput = False,
+) -> None:
+    """Compare solvers: each fits the same requests and is judged on the others.
+
+    The cap on imbalance binds the solvers that can keep one. Bold: no other solver is better in
+    both messages and imbalance.
+    """
+    from placer.comparison import compare_solvers
+    from placer.planning import Settings, open_traces
+    from placer.report.console import progress_status, show, show_warnings
+    from placer.report.tables import comparison_table
+
+    settings = Settings(
+        num_ranks=gpus,
+        num_nodes=nodes,
+        slots_per_rank=slots_per_rank,
+        dispatch=dispatch.value,
+        objective=objective.value,
+        max_imbalance=options.parse_max_imbalance(max_imbalance, objective.value, "auto"),
+        phase=phase.value if phase else None,
+        seed=seed,
+        time_limit_s=time_limit,
+        holdout=holdout,
+        in_sample=in_sample,
+        node_weight=node_weight,
+        replica_policy=replica_policy.value,
+    )
+    with progress_status() as progress:
+        sources = open_traces(traces)
+        show_warnings([warning for source in sources for warning in source.warnings])
+        names = None if solvers == "all" else [name.strip() for name in solvers.split(",")]
+        document = compare_solvers(sources, settings, names, progress)
+    show(json_output, document, lambda: comparison_table(document))

@@ -1,0 +1,95 @@
+"""`placer evaluate`: replay a trace under a plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from placer.cli import options
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command("evaluate")(evaluate)
+
+
+def evaluate(
+    plan_path: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")],
+    trace: options.OneTrace,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option("--baseline", help="contiguous, or another plan file; may be repeated."),
+    ] = None,
+    all_requests: Annotated[
+        bool,
+        typer.Option("--all-requests", help="Also those that the plan was fitted to; labelled."),
+    ] = False,
+    phase: options.Phase = None,
+    dispatch: Annotated[
+        options.DispatchName | None,
+        typer.Option("--dispatch", help="Instead of the plan's own."),
+    ] = None,
+    replica_policy: options.ReplicaPolicy = options.ReplicaPolicyName.local,
+    batch_tokens: Annotated[
+        int,
+        typer.Option("--batch-tokens", min=1, help="Batch size where the trace has no steps."),
+    ] = 256,
+    seed: options.Seed = 0,
+    resamples: Annotated[
+        int, typer.Option("--resamples", min=0, help="Of the bootstrap; 0 = no intervals.")
+    ] = 1000,
+    show_all: Annotated[bool, typer.Option("--all", help="Show every figure.")] = False,
+    json_output: options.JsonOutput = False,
+) -> None:
+    """Judge a plan on a trace, beside baselines on the same tokens.
+
+    Of a trace that the plan was fitted to, only the held-out requests count.
+    """
+    from placer.baselines import baseline_placement
+    from placer.errors import UsageError
+    from placer.evaluation import evaluate as judge
+    from placer.plan import read_plan
+    from placer.planning import held_out_part, open_traces
+    from placer.report.console import progress_status, show, show_warnings
+    from placer.report.tables import evaluation_table
+
+    plan = read_plan(plan_path)
+    baselines = {name: baseline_placement(name, plan) for name in baseline or ["contiguous"]}
+    with progress_status() as progress:
+        progress("reading the trace")
+        source = open_traces([trace])[0]
+        show_warnings(source.warnings)
+        theirs = (source.num_layers, source.num_experts)
+        ours = (plan.placement.num_layers, plan.placement.num_experts)
+        if theirs != ours or tuple(source.layer_ids.tolist()) != plan.layer_ids:
+            raise UsageError(
+                f"{trace} has {theirs[0]} layers x {theirs[1]} experts "
+                f"({_span(source.layer_ids.tolist())}), the plan {ours[0]} x {ours[1]} "
+                f"({_span(list(plan.layer_ids))})",
+                "a plan can be judged only on a trace of its own model",
+            )
+        part, scope = held_out_part(source, plan)
+        if all_requests and scope == "held-out":
+            part, scope = source, "in-sample"
+        if phase is not None:
+            part = part.filtered(phase=phase.value)
+        progress("replaying")
+        evaluation = judge(
+            plan.placement,
+            baselines,
+            part,
+            scope=scope,
+            dispatch=(dispatch or options.DispatchName(plan.dispatch)).value,
+            replica_policy=replica_policy.value,
+            batch_tokens=batch_tokens,
+            seed=seed,
+            num_resamples=resamples,
+        )
+    document = evaluation.to_document()
+    show(json_output, document, lambda: evaluation_table(document, show_all))
+
+
+def _span(layer_ids: list[int]) -> str:
+    return f"layer ids {layer_ids[0]}..{layer_ids[-1]}"

@@ -1,0 +1,112 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from placer.errors import UsageError
+
+
+class DispatchName(StrEnum):
+    """How tokens travel."""
+
+    alltoall = "alltoall"
+    coherent = "coherent"
+    allgather = "allgather"
+
+
+class ObjectiveName(StrEnum):
+    """What to minimise."""
+
+    traffic = "traffic"
+    balance = "balance"
+
+
+class PhaseName(StrEnum):
+    """Part of a request's life."""
+
+    prefill = "prefill"
+    decode = "decode"
+
+
+class ReplicaPolicyName(StrEnum):
+    """Which copy of a replicated expert serves a token."""
+
+    local = "local"
+    round_robin = "round_robin"
+
+
+JsonOutput = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else there.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
+Traces = Annotated[
+    list[Path], typer.Argument(metavar="DIR...", help="Traces: folders, or .npz files.")
+]
+OneTrace = Annotated[Path, typer.Argument(metavar="DIR", help="A trace: a folder, or an .npz file.")]
+Gpus = Annotated[int, typer.Option("--gpus", min=1, help="Ranks of the expert-parallel group.")]
+Nodes = Annotated[int, typer.Option("--nodes", min=1, help="Hosts that the GPUs are spread over.")]
+SlotsPerRank = Annotated[
+    int | None,
+    typer.Option(
+        "--slots-per-rank",
+        min=1,
+        help="Experts that a rank can hold per layer; more than experts / GPUs allows replicas.",
+    ),
+]
+Dispatch = Annotated[DispatchName, typer.Option("--dispatch", help="How tokens travel.")]
+MaxImbalance = Annotated[
+    str | None,
+    typer.Option(
+        "--max-imbalance",
+        metavar="X|none",
+        help="Cap on max / mean rank load (mean over layers), in-sample. "
+        "Default: 1.10 for objective traffic; none lifts it.",
+    ),
+]
+Phase = Annotated[PhaseName | None, typer.Option("--phase", help="Use only this phase.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Of the split, search and bootstrap.")]
+TimeLimit = Annotated[
+    float | None, typer.Option("--time-limit", min=0.1, help="Seconds for the solver.")
+]
+Holdout = Annotated[
+    float, typer.Option("--holdout", help="Share of the requests that judges the plan.")
+]
+InSample = Annotated[
+    bool,
+    typer.Option("--in-sample", help="Fit to all requests and judge on the same; labelled so."),
+]
+NodeWeight = Annotated[
+    float,
+    typer.Option(
+        "--node-weight", min=0.0, help="Extra price of a message between nodes, in messages."
+    ),
+]
+ReplicaPolicy = Annotated[
+    ReplicaPolicyName,
+    typer.Option("--replica-policy", help="Which copy of an expert serves a token."),
+]
+
+
+def parse_max_imbalance(text: str | None, objective: str, solver: str) -> float | None:
+    """The cap that the user gave, or the default of the objective and solver."""
+    from placer.planning import CAPPED_SOLVERS, DEFAULT_MAX_IMBALANCE
+
+    if text is None:
+        capped = objective == "traffic" and solver in CAPPED_SOLVERS
+        return DEFAULT_MAX_IMBALANCE if capped else None
+    if text.lower() == "none":
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        raise UsageError(f"--max-imbalance {text!r} is not a number", "for example 1.10") from None
+    if not 1.0 <= value < float("inf"):
+        raise UsageError(
+            f"--max-imbalance {text}: max / mean rank load is 1 or more", "for example 1.10"
+        )
+    return value

@@ -1,0 +1,77 @@
+"""`placer solve`: traces in, a plan file out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from placer.cli import options
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command("solve")(solve)
+
+
+def solve(
+    traces: options.Traces,
+    gpus: options.Gpus,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The plan file to write.")],
+    nodes: options.Nodes = 1,
+    slots_per_rank: options.SlotsPerRank = None,
+    dispatch: options.Dispatch = options.DispatchName.alltoall,
+    objective: Annotated[
+        options.ObjectiveName, typer.Option("--objective", help="What to minimise.")
+    ] = options.ObjectiveName.traffic,
+    max_imbalance: options.MaxImbalance = None,
+    phase: options.Phase = None,
+    solver: Annotated[
+        str, typer.Option("--solver", help="auto, or a name from `placer doctor`.")
+    ] = "auto",
+    seed: options.Seed = 0,
+    time_limit: options.TimeLimit = None,
+    holdout: options.Holdout = 0.5,
+    in_sample: options.InSample = False,
+    node_weight: options.NodeWeight = 4.0,
+    replica_policy: options.ReplicaPolicy = options.ReplicaPolicyName.local,
+    force: options.Force = False,
+    json_output: options.JsonOutput = False,
+) -> None:
+    """Solve for a placement and write it as a plan.
+
+    The plan is fitted to one part of the requests; what it promises is measured on the others.
+
+    Example: placer solve trace --gpus 8 --max-imbalance 1.10 -o plan.json
+    """
+    from placer.files import refuse_overwrite
+    from placer.plan import write_plan
+    from placer.planning import Settings, make_plan, open_traces
+    from placer.report.console import progress_status, show, show_warnings
+    from placer.report.plans import plan_summary
+
+    refuse_overwrite(output, force)
+    settings = Settings(
+        num_ranks=gpus,
+        num_nodes=nodes,
+        slots_per_rank=slots_per_rank,
+        dispatch=dispatch.value,
+        objective=objective.value,
+        max_imbalance=options.parse_max_imbalance(max_imbalance, objective.value, solver),
+        phase=phase.value if phase else None,
+        solver=solver,
+        seed=seed,
+        time_limit_s=time_limit,
+        holdout=holdout,
+        in_sample=in_sample,
+        node_weight=node_weight,
+        replica_policy=replica_policy.value,
+    )
+    with progress_status() as progress:
+        sources = open_traces(traces)
+        show_warnings([warning for source in sources for warning in source.warnings])
+        plan = make_plan(sources, settings, progress)
+    write_plan(plan, output, force=force)
+    document = {"path": str(output), **plan.to_document()}
+    show(json_output, document, lambda: plan_summary(document))

@@ -1,0 +1,116 @@
+"""Every solver on the same requests, judged on the same held-out ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from placer.errors import PlacerError, UsageError
+from placer.evaluation import evaluate
+from placer.placement import contiguous
+from placer.planning import (
+    CAPPED_SOLVERS,
+    Progress,
+    Settings,
+    build_problem,
+    placement_of,
+    run_solver,
+    split_sources,
+)
+from placer.trace.source import TraceSource
+
+FORMAT = "placer.comparison"
+SCHEMA_VERSION = 1
+
+
+def compare_solvers(
+    sources: Sequence[TraceSource],
+    settings: Settings,
+    names: Sequence[str] | None = None,
+    progress: Progress = lambda _: None,
+) -> dict[str, Any]:
+    """Fit with each solver, judge all on the same tokens.
+
+    Args:
+        sources: traces of one model.
+        settings: of all solvers; the cap on imbalance binds those in CAPPED_SOLVERS.
+        names: solvers; None = all of them.
+        progress: told what is being done.
+
+    Returns:
+        A document: what was judged, and a row per solver with its metrics, its change against
+        contiguous, its gap and its seconds; a solver that failed has "error" instead.
+
+    Raises:
+        UsageError: an unknown name.
+    """
+    import solvers
+
+    known = solvers.names()
+    chosen = list(names) if names is not None else [name for name in known if name != "auto"]
+    for name in chosen:
+        if name not in known:
+            raise UsageError(f"no solver is called {name!r}", f"there are {', '.join(known)}")
+    parts = split_sources(sources, settings)
+    problem = build_problem(parts.fit, settings, progress)
+    baseline = contiguous(
+        problem.num_layers,
+        problem.num_experts,
+        problem.num_ranks,
+        problem.slots_per_rank,
+        problem.ranks_per_node,
+    )
+    rows: list[dict[str, Any]] = []
+    failed: list[dict[str, str]] = []
+    judged = {"requests": 0, "tokens": 0}
+    for name in chosen:
+        progress(f"solving with {name}")
+        cap = settings.max_imbalance if name in CAPPED_SOLVERS else None
+        try:
+            result = run_solver(
+                replace(problem, max_imbalance=cap), replace(settings, solver=name)
+            )
+        except PlacerError as error:
+            failed.append({"solver": name, "error": error.message})
+            continue
+        progress(f"judging {name}")
+        evaluation = evaluate(
+            placement_of(problem, result),
+            {"contiguous": baseline},
+            parts.judge,
+            scope=parts.scope,
+            dispatch=settings.dispatch,
+            replica_policy=settings.replica_policy,
+            seed=settings.seed,
+        )
+        judged = {"requests": evaluation.requests, "tokens": evaluation.tokens}
+        rows.append(
+            {
+                "solver": name,
+                "status": result.status,
+                "objective": result.objective,
+                "lower_bound": result.lower_bound,
+                "bound_of": result.bound_of,
+                "gap": result.gap,
+                "seconds": round(result.seconds, 3),
+                "metrics": evaluation.metrics,
+                "change": evaluation.changes["contiguous"],
+            }
+        )
+    return {
+        "format": FORMAT,
+        "schema_version": SCHEMA_VERSION,
+        "scope": parts.scope,
+        "modelled": True,
+        **judged,
+        "dispatch": settings.dispatch,
+        "objective": settings.objective,
+        "max_imbalance": settings.max_imbalance,
+        "num_ranks": settings.num_ranks,
+        "num_nodes": settings.num_nodes,
+        "slots_per_rank": problem.slots_per_rank,
+        "seed": settings.seed,
+        "rows": rows,
+        "failed": failed,
+    }

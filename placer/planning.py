@@ -1,0 +1,352 @@
+"""From traces to a plan: split, count, solve, judge on the tokens that were held out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from placer import __version__
+from placer.errors import InfeasibleError, TimeLimitError, UsageError
+from placer.evaluation import evaluate
+from placer.placement import Placement, contiguous
+from placer.plan import Dispatch, Plan
+from placer.trace.concat import concatenate
+from placer.trace.model import Trace
+from placer.trace.source import TraceSource
+from placer.trace.split import split_requests
+
+if TYPE_CHECKING:
+    from placer.cost import ReplicaPolicy
+    from solvers import Budget, Problem, Result
+
+DEFAULT_MAX_IMBALANCE = 1.10
+PROFILE_TOKENS = 32768
+IN_MEMORY_BYTES = 1 << 29
+CAPPED_SOLVERS = ("auto", "local_search")
+
+Progress = Callable[[str], None]
+"""Called with what is being done now."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the user asks of a plan.
+
+    Attributes:
+        num_ranks, num_nodes: GPUs, and hosts that they are spread over evenly.
+        slots_per_rank: experts that a rank can hold per layer; None = just enough.
+        dispatch, objective: see DESIGN in docs/metrics.md.
+        max_imbalance: cap on the mean over layers of max / mean rank load; None = no cap.
+        phase: "prefill", "decode", or None for both.
+        solver, seed, time_limit_s: how to search.
+        holdout: share of the requests that judge the plan.
+        in_sample: fit to all requests and judge on the same ones, labelled so.
+        profile_tokens: at most this many tokens, evenly spaced, for the exact objectives.
+        node_weight: what a message between nodes costs more than one inside a node.
+        replica_policy: how a token chooses among copies when the plan is judged.
+    """
+
+    num_ranks: int
+    num_nodes: int = 1
+    slots_per_rank: int | None = None
+    dispatch: Dispatch = "alltoall"
+    objective: str = "traffic"
+    max_imbalance: float | None = None
+    phase: str | None = None
+    solver: str = "auto"
+    seed: int = 0
+    time_limit_s: float | None = None
+    holdout: float = 0.5
+    in_sample: bool = False
+    profile_tokens: int = PROFILE_TOKENS
+    node_weight: float = 4.0
+    replica_policy: ReplicaPolicy = "local"
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """A trace in two: what a plan is fitted to, and what judges it (the same when in-sample)."""
+
+    fit: TraceSource
+    judge: TraceSource
+    scope: str
+    inputs: list[dict[str, Any]]
+
+
+def split_sources(sources: Sequence[TraceSource], settings: Settings) -> Parts:
+    """Split every source by request with the settings' seed, and join the halves.
+
+    Raises:
+        UsageError: sources of different models, or one request only and not `in_sample`.
+    """
+    if not sources:
+        raise UsageError("no trace was given")
+    inputs = [
+        {
+            "name": source.path.name if source.path else None,
+            "fingerprint": source.fingerprint(),
+            "tokens": source.num_tokens,
+        }
+        for source in sources
+    ]
+    phased = [source.filtered(phase=settings.phase) if settings.phase else source for source in sources]
+    if settings.in_sample:
+        whole = concatenate(phased)
+        return Parts(whole, whole, "in-sample", inputs)
+    fit, judge = [], []
+    for source in phased:
+        split = split_requests(
+            source.request_ids(),
+            seed=settings.seed,
+            holdout=settings.holdout,
+            labels=source.request_labels(),
+        )
+        fit.append(source.filtered(requests=split.fit))
+        judge.append(source.filtered(requests=split.held_out))
+    return Parts(concatenate(fit), concatenate(judge), "held-out", inputs)
+
+
+def held_out_part(source: TraceSource, plan: Plan) -> tuple[TraceSource, str]:
+    """The tokens of `source` that `plan` was not fitted to, and what to call them.
+
+    A trace that the plan never saw is held out as a whole; of one that it was fitted to, the
+    requests that the same split holds out.
+    """
+    provenance = plan.provenance
+    seen = {entry.get("fingerprint") for entry in provenance.get("inputs", [])}
+    phase = provenance.get("settings", {}).get("phase")
+    if source.fingerprint() not in seen:
+        return source, "unseen"
+    if phase:
+        source = source.filtered(phase=phase)
+    split = provenance.get("split", {})
+    if split.get("in_sample", True):
+        return source, "in-sample"
+    parts = split_requests(
+        source.request_ids(),
+        seed=int(split["seed"]),
+        holdout=float(split["holdout"]),
+        labels=source.request_labels(),
+    )
+    return source.filtered(requests=parts.held_out), "held-out"
+
+
+def sample_tokens(source: TraceSource, most: int) -> Trace:
+    """At most `most` tokens of `source`, evenly spaced in its order, so that all requests count."""
+    stride = max(1, -(-source.num_tokens // most))
+    kept: list[Trace] = []
+    seen = 0
+    for chunk in source.chunks():
+        index = np.arange(seen, seen + chunk.num_tokens)
+        kept.append(chunk.select(index % stride == 0))
+        seen += chunk.num_tokens
+    return concatenate_traces(kept)
+
+
+def concatenate_traces(traces: Sequence[Trace]) -> Trace:
+    """Traces of one model as one, in their order."""
+    from dataclasses import replace
+
+    def joined(name: str) -> Any:
+        arrays = [getattr(trace, name) for trace in traces]
+        return None if arrays[0] is None else np.concatenate(arrays)
+
+    names = ("experts", "request", "position", "phase", "step", "weights", "home")
+    return replace(traces[0], **{name: joined(name) for name in names})
+
+
+def slots_needed(num_experts: int, num_ranks: int, slots_per_rank: int | None) -> int:
+    """Slots per rank: what the user said, or the fewest that hold every expert.
+
+    Raises:
+        UsageError: ranks do not divide the experts and no slots were given.
+        InfeasibleError: too few slots.
+    """
+    fewest = -(-num_experts // num_ranks)
+    if slots_per_rank is None:
+        if num_experts % num_ranks:
+            raise UsageError(
+                f"{num_ranks} ranks do not divide {num_experts} experts",
+                f"--slots-per-rank {fewest} leaves {fewest * num_ranks - num_experts} slots for "
+                "replicas or empty; or give a number of ranks that divides the experts",
+            )
+        return fewest
+    if slots_per_rank < fewest:
+        raise InfeasibleError(
+            f"{num_ranks} ranks x {slots_per_rank} slots cannot hold {num_experts} experts",
+            f"--slots-per-rank {fewest} or more",
+        )
+    return min(slots_per_rank, num_experts)
+
+
+def build_problem(source: TraceSource, settings: Settings, progress: Progress) -> Problem:
+    """Count the tokens to fit to and put the solvers' problem together."""
+    from placer.affinity import count_chunks
+    from solvers import Problem
+
+    if settings.num_ranks % settings.num_nodes:
+        raise UsageError(
+            f"{settings.num_nodes} nodes do not divide {settings.num_ranks} GPUs",
+            "every node holds the same number of GPUs",
+        )
+    if settings.num_ranks > source.num_experts * 64:
+        raise UsageError(f"{settings.num_ranks} GPUs for {source.num_experts} experts")
+    slots = slots_needed(source.num_experts, settings.num_ranks, settings.slots_per_rank)
+    progress("counting load, co-activation and affinity")
+    counts = count_chunks(source.chunks())
+    progress("sampling tokens for the exact objective")
+    sample = sample_tokens(source, settings.profile_tokens)
+    home = sample.request if sample.home is None else sample.home
+    return Problem(
+        load=counts.load.astype(np.float64),
+        num_ranks=settings.num_ranks,
+        slots_per_rank=slots,
+        ranks_per_node=settings.num_ranks // settings.num_nodes,
+        coactivation=counts.coactivation.astype(np.float64),
+        affinity=counts.affinity,
+        primary_affinity=counts.primary_affinity.astype(np.float64),
+        tokens=sample.experts,
+        primary=sample.primary(),
+        home=home % settings.num_ranks,
+        dispatch=settings.dispatch,
+        objective=settings.objective,  # type: ignore[arg-type]
+        max_imbalance=settings.max_imbalance,
+        node_weight=settings.node_weight if settings.num_nodes > 1 else 0.0,
+    )
+
+
+def run_solver(problem: Problem, settings: Settings, budget: Budget | None = None) -> Result:
+    """Solve; the solvers' errors become placer's."""
+    import solvers
+
+    try:
+        return solvers.solve(
+            problem,
+            settings.solver,
+            seed=settings.seed,
+            budget=budget or solvers.Budget(settings.time_limit_s),
+        )
+    except solvers.InfeasibleProblem as error:
+        raise InfeasibleError(str(error)) from error
+    except solvers.NoSolutionFound as error:
+        raise TimeLimitError(str(error), "give a longer --time-limit") from error
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def make_plan(
+    sources: Sequence[TraceSource], settings: Settings, progress: Progress = lambda _: None
+) -> Plan:
+    """Fit a plan to one part of the requests and predict its figures on the other.
+
+    Raises:
+        InfeasibleError: the cap on imbalance cannot be kept; nothing is returned.
+        TimeLimitError: no placement within the time limit.
+    """
+    started = time.perf_counter()
+    progress("splitting the requests")
+    parts = split_sources(sources, settings)
+    problem = build_problem(parts.fit, settings, progress)
+    progress(f"solving with {settings.solver}")
+    result = run_solver(problem, settings)
+    if result.status == "infeasible":
+        raise InfeasibleError(
+            f"no placement was found with imbalance at most {settings.max_imbalance}; the least "
+            f"that {settings.solver} found is {result.parts['imbalance']:.4f}",
+            "a higher --max-imbalance, or another slot per rank for replicas",
+        )
+    progress(f"replaying the {parts.scope} tokens")
+    return plan_of_result(result, problem, parts, settings, time.perf_counter() - started)
+
+
+def placement_of(problem: Problem, result: Result) -> Placement:
+    """The result's table as a `Placement`."""
+    return Placement(
+        result.placement, problem.num_experts, problem.num_ranks, problem.ranks_per_node
+    )
+
+
+def plan_of_result(
+    result: Result, problem: Problem, parts: Parts, settings: Settings, seconds: float
+) -> Plan:
+    """Judge the result on the parts' tokens and write down where it came from."""
+    placement = placement_of(problem, result)
+    baseline = contiguous(
+        problem.num_layers,
+        problem.num_experts,
+        problem.num_ranks,
+        problem.slots_per_rank,
+        problem.ranks_per_node,
+    )
+    evaluation = evaluate(
+        placement,
+        {"contiguous": baseline},
+        parts.judge,
+        scope=parts.scope,
+        dispatch=settings.dispatch,
+        replica_policy=settings.replica_policy,
+        seed=settings.seed,
+    )
+    asked = asdict(settings)
+    return Plan(
+        placement=placement,
+        layer_ids=tuple(int(i) for i in parts.fit.layer_ids),
+        model=parts.fit.model,
+        dispatch=settings.dispatch,
+        prediction=evaluation.to_document(),
+        certificate={
+            "scope": "fit",
+            "objective": settings.objective,
+            "value": result.objective,
+            "bound_of": result.bound_of,
+            "lower_bound": result.lower_bound,
+            "gap": result.gap,
+            "status": result.status,
+            "termination": result.termination,
+            "parts": result.parts,
+        },
+        provenance={
+            "inputs": parts.inputs,
+            "split": {
+                "by": "request",
+                "holdout": settings.holdout,
+                "seed": settings.seed,
+                "in_sample": settings.in_sample,
+            },
+            "solver": result.solver,
+            "seed": settings.seed,
+            "settings": asked,
+            "notes": result.notes,
+            "versions": versions(),
+        },
+        timings={"solve_s": round(result.seconds, 3), "total_s": round(seconds, 3)},
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a plan's bytes may depend on."""
+    from importlib.metadata import version
+
+    found = {name: version(name) for name in ("numpy", "numba", "scipy", "ortools")}
+    return {"placer": __version__, **found}
+
+
+def open_traces(paths: Sequence[Path]) -> list[TraceSource]:
+    """Open native or interchange traces; those that are small enough are read into memory."""
+    from placer.trace import MemorySource, open_trace
+
+    sources: list[TraceSource] = []
+    for path in paths:
+        source = open_trace(path)
+        entries = source.num_tokens * source.num_layers * source.top_k
+        if entries * (6 if source.has_weights else 2) <= IN_MEMORY_BYTES:
+            kept = MemorySource(source.read(), path=source.path)
+            kept.complete, kept.warnings = source.complete, source.warnings
+            source = kept
+        sources.append(source)
+    return sources

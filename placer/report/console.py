@@ -1,0 +1,58 @@
+"""Where output goes: documents and tables to stdout, progress and errors to stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console, RenderableType
+
+
+def stdout_console() -> Console:
+    """For what the user asked to see."""
+    return Console(file=sys.stdout, highlight=False)
+
+
+def stderr_console() -> Console:
+    """For progress, warnings and errors."""
+    return Console(file=sys.stderr, highlight=False)
+
+
+def show(json_output: bool, document: Any, render: Callable[[], list[RenderableType]]) -> None:
+    """One JSON document, or what `render` makes of it for people."""
+    if json_output:
+        sys.stdout.write(json.dumps(document, indent=1, allow_nan=False) + "\n")
+        return
+    console = stdout_console()
+    for item in render():
+        console.print(item)
+
+
+def show_error(message: str, hint: str) -> None:
+    """One line what is wrong, one line what to do."""
+    console = stderr_console()
+    console.print("[bold red]error:[/] ", end="")
+    console.print(message, markup=False, soft_wrap=True)
+    if hint:
+        console.print("[bold]hint:[/] ", end="")
+        console.print(hint, markup=False, soft_wrap=True)
+
+
+def show_warnings(warnings: list[str]) -> None:
+    """A line each."""
+    for warning in warnings:
+        stderr_console().print(f"[yellow]warning:[/] {warning}", soft_wrap=True)
+
+
+@contextlib.contextmanager
+def progress_status() -> Iterator[Callable[[str], None]]:
+    """Say what is being done: a spinner on a terminal, nothing elsewhere."""
+    console = stderr_console()
+    if not console.is_terminal:
+        yield lambda _: None
+        return
+    with console.status("") as status:
+        yield lambda text: status.update(text)

@@ -1,0 +1,31 @@
+"""A plan for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import RenderableType
+
+from placer.report.tables import certificate_line, evaluation_table
+
+
+def plan_summary(document: Mapping[str, Any]) -> list[RenderableType]:
+    """What a plan file says, from its document; "path" names the file."""
+    layers, slots = len(document["layer_ids"]), document["slots_per_rank"]
+    nodes = document["num_ranks"] // document["ranks_per_node"]
+    filled = sum(slot >= 0 for row in document["physical_to_logical"] for slot in row)
+    replicas = filled - layers * document["num_experts"]
+    lines: list[RenderableType] = [
+        f"[bold]{document['path']}[/]: {layers} layers x {document['num_experts']} experts on "
+        f"{document['num_ranks']} ranks ({nodes} node{'s' if nodes > 1 else ''}), {slots} slots "
+        f"per rank, {replicas / layers:g} replicas per layer, dispatch {document['dispatch']}"
+    ]
+    prediction, certificate = document["prediction"], document["certificate"]
+    if prediction:
+        lines += evaluation_table(prediction)
+    if certificate:
+        seconds = document["timings"].get("solve_s")
+        took = "" if seconds is None else f" ({document['provenance']['solver']}, {seconds:.1f} s)"
+        lines.append(certificate_line(certificate) + took)
+    return lines

@@ -1,0 +1,175 @@
+"""Tables that people read. Pure functions of documents; nothing is computed here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import RenderableType
+from rich.table import Table
+
+SHORT = {
+    "span": "span (ranks per token)",
+    "messages_alltoall": "messages, alltoall",
+    "messages_coherent": "messages, coherent",
+    "node_span": "node span",
+    "node_messages_alltoall": "node messages, alltoall",
+    "node_messages_coherent": "node messages, coherent",
+    "cross_rank_fraction": "cross-rank fraction",
+    "cross_node_fraction": "cross-node fraction",
+    "imbalance": "imbalance (max/mean load)",
+    "imbalance_batches_p95": "imbalance, p95 over batches",
+    "imbalance_mixed_batches_p95": "imbalance, p95 over mixed batches",
+    "balancedness": "balancedness (vLLM)",
+    "sglang_balancedness": "balancedness (SGLang)",
+    "tensorrt_llm_imbalance_ratio": "imbalance ratio (TensorRT-LLM)",
+}
+NODE_FIGURES = (
+    "node_span",
+    "node_messages_alltoall",
+    "node_messages_coherent",
+    "cross_node_fraction",
+)
+
+SCOPES = {
+    "held-out": "held-out: requests that the plan was not fitted to",
+    "unseen": "unseen: a trace that the plan was not fitted to",
+    "in-sample": "IN-SAMPLE: the tokens that the plan was fitted to",
+}
+
+
+def plain_table(title: str | None = None, caption: str | None = None) -> Table:
+    """The look that all tables share."""
+    return Table(
+        title=title,
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+        padding=(0, 2, 0, 0),
+    )
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A figure, or a dash for one that is missing."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def with_interval(entry: Mapping[str, Any]) -> str:
+    """1.234 [1.2, 1.3]"""
+    if entry["value"] is None or entry["low"] is None:
+        return number(entry["value"])
+    return f"{entry['value']:.3f} [dim]\\[{entry['low']:.3f}, {entry['high']:.3f}][/]"
+
+
+def change_text(entry: Mapping[str, Any], better: str) -> str:
+    """-21.3 % [-22.0, -20.5], green when better beyond chance, red when worse."""
+    change = entry["change"]
+    if change is None:
+        return "–"
+    text = f"{100 * change:+.1f} %"
+    low, high = entry["change_low"], entry["change_high"]
+    if low is None:
+        return text
+    text += f" [dim]\\[{100 * low:+.1f}, {100 * high:+.1f}][/]"
+    if low <= 0 <= high:
+        return text
+    return f"[{'green' if (change < 0) == (better == 'lower') else 'red'}]{text}[/]"
+
+
+def evaluation_table(document: Mapping[str, Any], show_all: bool = False) -> list[RenderableType]:
+    """A plan beside its baselines, from an evaluation's document."""
+    from placer.cost import METRICS
+
+    requests, tokens = document["requests"], document["tokens"]
+    table = plain_table(
+        f"{SCOPES[document['scope']]} ({requests:,} requests, {tokens:,} tokens)",
+        f"dispatch {document['dispatch']}; modelled by replay; brackets: 95 % over requests",
+    )
+    table.add_column("figure", no_wrap=True)
+    table.add_column("plan", no_wrap=True)
+    for name in document["baselines"]:
+        table.add_column(name, no_wrap=True)
+        table.add_column("change", no_wrap=True)
+    nodes = document["metrics"]["node_span"]["value"] != 1.0
+    for info in METRICS:
+        entry = document["metrics"].get(info.name)
+        hidden = info.name not in SHORT or (info.name in NODE_FIGURES and not nodes)
+        if entry is None or (hidden and not show_all):
+            continue
+        cells = [SHORT.get(info.name, info.name), with_interval(entry)]
+        for name, figures in document["baselines"].items():
+            cells += [
+                number(figures[info.name]["value"]),
+                change_text(document["change"][name][info.name], info.better),
+            ]
+        table.add_row(*cells)
+    return [table]
+
+
+def certificate_line(certificate: Mapping[str, Any]) -> str:
+    """How good the plan provably is, in one line."""
+    value, bound = certificate["value"], certificate["lower_bound"]
+    text = f"{certificate['status']}: {certificate['objective']} = {number(value, 4)} in-sample"
+    if bound is None:
+        return text + "; no bound is proven"
+    of = certificate["bound_of"]
+    figure = "" if of == "objective" else f" of {of}"
+    return text + f"; proven lower bound{figure} {number(bound, 4)}, gap {certificate['gap']:.1%}"
+
+
+def comparison_table(document: Mapping[str, Any]) -> list[RenderableType]:
+    """Every solver on the same held-out tokens."""
+    messages = f"messages_{document['dispatch']}"
+    if messages not in document["rows"][0]["metrics"]:
+        messages = "messages_alltoall"
+    table = plain_table(
+        f"{SCOPES[document['scope']]} ({document['requests']:,} requests, "
+        f"{document['tokens']:,} tokens)",
+        f"{document['num_ranks']} ranks on {document['num_nodes']} node(s), "
+        f"{document['slots_per_rank']} slots per rank; modelled by replay; "
+        "brackets: 95 % over requests; change against contiguous",
+    )
+    nodes = document["num_nodes"] > 1
+    for header in ("solver", "messages", "change", "node messages" if nodes else None, "imbalance",
+                   "p95 batches", "cross-rank", "gap", "solve"):  # fmt: skip
+        if header:
+            table.add_column(header, no_wrap=True)
+    best = _best_rows(document["rows"], messages)
+    for row in document["rows"]:
+        figures, change = row["metrics"], row["change"]
+        node_messages = f"node_{messages}"
+        cells = [
+            f"[bold]{row['solver']}[/]" if row["solver"] in best else row["solver"],
+            with_interval(figures[messages]),
+            change_text(change[messages], "lower") if row["solver"] != "contiguous" else "",
+            number(figures[node_messages]["value"]) if nodes else None,
+            with_interval(figures["imbalance"]),
+            number(figures["imbalance_batches_p95"]["value"]),
+            number(figures["cross_rank_fraction"]["value"]),
+            "–" if row["gap"] is None else f"{row['gap']:.1%}",
+            f"{row['seconds']:.2f} s",
+        ]
+        table.add_row(*(cell for cell in cells if cell is not None))
+    return [table]
+
+
+def _best_rows(rows: Sequence[Mapping[str, Any]], messages: str) -> set[str]:
+    """Solvers that no other beats in both messages and imbalance."""
+
+    def point(row: Mapping[str, Any]) -> tuple[float, float]:
+        return row["metrics"][messages]["value"], row["metrics"]["imbalance"]["value"]
+
+    return {
+        row["solver"]
+        for row in rows
+        if not any(
+            other is not row
+            and point(other)[0] <= point(row)[0]
+            and point(other)[1] <= point(row)[1]
+            and point(other) != point(row)
+            for other in rows
+        )
+    }
