@@ -86,9 +86,7 @@ def random_span(num_experts: int, k: int, num_ranks: int) -> float:
         return float("nan")
     large = num_experts % num_ranks
     span = 0.0
-    for size, ranks in (
-        (num_experts // num_ranks + 1, large),
-        (num_experts // num_ranks, num_ranks - large),
-    ):
-        span += ranks * (1 - comb(num_experts - size, k) / comb(num_experts, k))
+    for rank in range(num_ranks):
+        size = num_experts // num_ranks + (rank < large)
+        span += 1 - comb(num_experts - size, k) / comb(num_experts, k)
     return span

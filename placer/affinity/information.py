@@ -99,7 +99,7 @@ def mutual_information(table: NDArray[np.number]) -> Array:
     with np.errstate(divide="ignore", invalid="ignore"):
         joint = table / table.sum(axis=(-2, -1), keepdims=True, dtype=np.float64)
     rows, columns = entropy(joint.sum(axis=-1)), entropy(joint.sum(axis=-2))
-    both = entropy(joint.reshape(*joint.shape[:-2], -1))
+    both = entropy(joint.reshape(*joint.shape[:-2], joint.shape[-1] ** 2))
     bits: Array = np.maximum(rows + columns - both, 0.0)
     return bits
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +41,15 @@ def read_affinity(path: Path) -> Affinity:
         BadFileError: missing, damaged, of another format, or of a newer version.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise BadFileError(f"{path} is not a {FORMAT} file")
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise BadFileError(f"{path} is not a {FORMAT} file")
+        with file:
             _check_format(path, file)
             tables = {name: _table(path, file, name) for name in _TABLES}
     except FileNotFoundError:
         raise BadFileError(f"{path} does not exist") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise BadFileError(f"{path} cannot be read: {error}", "count the trace anew") from None
     try:
         return Affinity(**tables)
