@@ -102,6 +102,13 @@ def to_table(
     return pa.Table.from_arrays(columns, schema=schema(manifest))
 
 
+def read_numbers(column: pa.Array, where: str) -> NDArray[Any]:
+    """[t] the values of a column of numbers, none of them null; a view where possible."""
+    if column.null_count:
+        raise BadFileError(f"{where} holds {column.null_count} null(s), expected none")
+    return np.asarray(column.to_numpy())
+
+
 def read_list(
     column: pa.Array, out: NDArray[Any], fill: float, where: str
 ) -> NDArray[np.int64] | None:
@@ -111,7 +118,11 @@ def read_list(
         [t] lengths, or None when every list has K entries.
     """
     offsets = column.offsets.to_numpy()
-    values = column.values.to_numpy()[int(offsets[0]) : int(offsets[-1])]
+    start = int(offsets[0])
+    inner = column.values.slice(start, int(offsets[-1]) - start)
+    if column.null_count:
+        raise BadFileError(f"{where} holds {column.null_count} null(s), expected lists")
+    values = read_numbers(inner, where)
     top_k = out.shape[1]
     lengths: NDArray[np.integer] = np.diff(offsets)
     if values.size == out.size and (lengths == top_k).all():

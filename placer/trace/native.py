@@ -121,7 +121,10 @@ class NativeSource(TraceSource):
     def token_columns(self, names: Collection[str]) -> Iterator[dict[str, NDArray[Any]]]:
         for part in self._parts:
             for batch in _batches(part, list(names), CHUNK_TOKENS):
-                yield {name: batch.column(name).to_numpy() for name in names}
+                yield {
+                    name: columns.read_numbers(batch.column(name), f"{part.path}: {name}")
+                    for name in names
+                }
 
     def request_labels(self) -> dict[int, str]:
         found: dict[int, str] = {}
@@ -150,16 +153,20 @@ class NativeSource(TraceSource):
         checked, gates = check_routing(
             experts, self.num_experts, self.layer_ids, where, weights=gates, first_token=first_row
         )
-        per_token = {
-            name: check_per_token(name, batch.column(name).to_numpy(), num_tokens, where, first_row)
+        numbers = {
+            name: columns.read_numbers(batch.column(name), f"{where}: {name}").copy()
             for name in columns.token_columns(self.manifest)
+        }
+        per_token = {
+            name: check_per_token(name, numbers[name], num_tokens, where, first_row)
+            for name in numbers
             if name != "phase"
         }
         return Trace(
             experts=checked,
             num_experts=self.num_experts,
             layer_ids=self.layer_ids,
-            phase=check_phase(batch.column("phase").to_numpy(), num_tokens, where, first_row),
+            phase=check_phase(numbers["phase"], num_tokens, where, first_row),
             weights=gates,
             labels=_labels(batch, where),
             model=self.model,
@@ -208,7 +215,7 @@ def _labels(batch: pa.RecordBatch, where: str) -> dict[int, str]:
         return {}
     names = label.dictionary.to_pylist()
     codes = label.indices.fill_null(-1).to_numpy()
-    requests = batch.column("request").to_numpy()
+    requests = columns.read_numbers(batch.column("request"), f"{where}: request")
     labelled = codes >= 0
     ids, index = np.unique(requests[labelled], return_inverse=True)
     pairs = np.unique(index * len(names) + codes[labelled])
