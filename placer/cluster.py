@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import tomllib
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -322,9 +322,7 @@ def _check_keys(path: Path, document: dict[str, Any]) -> None:
         }[wanted]
         if not right:
             raise BadFileError(f"{path}: {key} is {value!r}, expected {wanted}")
-    required = ("num_nodes", "ranks_per_node") + tuple(
-        f"{where}_node_{what}" for where in ("intra", "inter") for what in ("gbps", "latency_us")
-    )
+    required = [field.name for field in fields(Cluster) if field.default is MISSING]
     missing = [key for key in required if key not in document]
     if missing:
         raise BadFileError(f"{path}: {', '.join(missing)} missing")

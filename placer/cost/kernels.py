@@ -272,3 +272,103 @@ def count(
         row[_TRANSITIONS] += transitions
         row[_CROSS_RANK_PER_TOKEN] += cross_weighted
         row[_CROSS_NODE_PER_TOKEN] += cross_node_weighted
+
+
+@_njit
+def transfers(
+    served: Ints,
+    weights: Weights,
+    home: Ints,
+    batch: Ints,
+    coherent: bool,
+    deduplicate: bool,
+    ranks_per_node: int,
+    dispatch: Ints,
+    combine: Ints,
+) -> None:
+    """Count the hidden states that every rank sends and receives, per batch and layer.
+
+    The last axes of `dispatch` and `combine` are [link, direction, rank]: link 0 inside a node,
+    1 between nodes; direction 0 sent, 1 received.
+
+    Args:
+        served, weights, home: as in `count`.
+        batch: [T] batch of each token, a row of `dispatch` and `combine`.
+        coherent: the home moves to the primary's rank, and results are brought there.
+        deduplicate: one copy per remote node over the network, to the rank there with the same
+            number within its node, which passes it on (and gathers results the same way back).
+        ranks_per_node: ranks of one node.
+        dispatch, combine: [N, L, 2, 2, G], added to.
+    """
+    num_tokens, num_layers, top_k = served.shape
+    num_ranks = dispatch.shape[4]
+    has_weights = weights.shape[0] > 0
+    seen = np.zeros(num_ranks, np.int64)
+    reached = np.zeros(num_ranks // ranks_per_node, np.int64)
+    stamp = 0
+    for t in range(num_tokens):
+        h = home[t]
+        for l in range(num_layers):  # noqa: E741
+            primary = -1
+            for k in range(top_k):
+                if served[t, l, k] >= 0 and (
+                    primary < 0 or (has_weights and weights[t, l, k] > weights[t, l, primary])
+                ):
+                    primary = k
+            if primary < 0:
+                continue
+            gather = served[t, l, primary] if coherent else h
+            for way in range(2):
+                center = h if way == 0 else gather
+                table = dispatch[batch[t], l] if way == 0 else combine[batch[t], l]
+                stamp += 1
+                for k in range(top_k):
+                    g = served[t, l, k]
+                    if g < 0 or seen[g] == stamp or g == center:
+                        continue
+                    seen[g] = stamp
+                    node = g // ranks_per_node
+                    near = center
+                    if node != center // ranks_per_node:
+                        if deduplicate:
+                            near = node * ranks_per_node + center % ranks_per_node
+                        if not deduplicate or reached[node] != stamp:
+                            reached[node] = stamp
+                            far = near if deduplicate else g
+                            table[1, way, center] += 1  # sent on dispatch, received on combine
+                            table[1, 1 - way, far] += 1
+                        if not deduplicate:
+                            continue
+                    if near != g:
+                        table[0, way, near] += 1
+                        table[0, 1 - way, g] += 1
+            h = gather
+
+
+@_njit
+def activate(
+    experts: Ints, served: Ints, batch: Ints, pairs: Ints, activated: Ints, last: Longs, stamp: int
+) -> None:
+    """Count the pairs that every rank serves and the distinct experts that they use.
+
+    Args:
+        experts, served: [T, L, K].
+        batch: [T] batch of each token, non-decreasing.
+        pairs: [N, L, G] token-expert pairs, added to.
+        activated: [N, L, G] experts of the rank with at least one pair, added to.
+        last: [L, E, G] stamp + batch of the last use of each copy, updated.
+        stamp: larger than anything in `last`.
+    """
+    num_tokens, num_layers, top_k = experts.shape
+    for t in range(num_tokens):
+        b = batch[t]
+        for l in range(num_layers):  # noqa: E741
+            for k in range(top_k):
+                e = experts[t, l, k]
+                if e < 0:
+                    continue
+                g = served[t, l, k]
+                pairs[b, l, g] += 1
+                if last[l, e, g] != stamp + b:
+                    last[l, e, g] = stamp + b
+                    activated[b, l, g] += 1

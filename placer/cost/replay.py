@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from placer.cost.batches import NUM_GROUPS, BatchFigures, BatchLoads
+from placer.cost.order import concatenate, interleave
 from placer.cost.serving import ReplicaPolicy, Server, home_ranks, kernel_arrays
 from placer.errors import UsageError
 from placer.placement import Placement
@@ -140,7 +140,7 @@ def replay(
     mixed = None
     if mixed_batches:
         run = _Pass(placement, dispatch, replica_policy, ignore_home)
-        run.add(interleave(kept), batch_tokens)
+        run.add(interleave(concatenate(kept)), batch_tokens)
         note = f"{batch_tokens} tokens taken round-robin over requests"
         if num_kept < main.num_tokens:
             note += f" (of the first {num_kept} tokens)"
@@ -154,39 +154,6 @@ def replay(
         main.loads,
         main.finish_batches(how),
         mixed,
-    )
-
-
-def interleave(chunks: list[Trace]) -> Trace:
-    """One trace with the tokens taken round-robin over requests, without forward passes.
-
-    First the first token of every request, requests in the order of their first appearance, then
-    the second of every request that has one, and so on.
-    """
-    request = np.concatenate([chunk.request for chunk in chunks])
-    _, first, inverse = np.unique(request, return_index=True, return_inverse=True)
-    ordinal = first[inverse.reshape(-1)]  # orders requests by first appearance
-    by_request = np.argsort(ordinal, kind="stable")
-    sorted_ordinal = ordinal[by_request]
-    starts = np.flatnonzero(np.r_[True, sorted_ordinal[1:] != sorted_ordinal[:-1]][: request.size])
-    turn = np.empty(request.size, np.int64)
-    lengths = np.diff(np.r_[starts, request.size])
-    turn[by_request] = np.arange(request.size) - np.repeat(starts, lengths)
-    order = np.lexsort((ordinal, turn))
-
-    def merged(name: str) -> Any:
-        parts = [getattr(chunk, name) for chunk in chunks]
-        return None if parts[0] is None else np.concatenate(parts)[order]
-
-    return replace(
-        chunks[0],
-        experts=merged("experts"),
-        request=merged("request"),
-        position=merged("position"),
-        phase=merged("phase"),
-        step=None,
-        weights=merged("weights"),
-        home=merged("home"),
     )
 
 
