@@ -125,7 +125,9 @@ def join_alternating(arguments: str) -> str:
 
 def clean_troff_escapes(text: str) -> str:
     """Text with troff's escapes replaced by the characters they stand for, or removed."""
-    text = re.sub(r"\\f(?:\[[^]]*\]|\(..|.)|\\s[+-]?\d|\\[&|^/,%:)~]|\\\*(?:\[[^]]*\]|\(..|.)", "", text)
+    text = re.sub(
+        r"\\f(?:\[[^]]*\]|\(..|.)|\\s[+-]?\d|\\[&|^/,%:)~]|\\\*(?:\[[^]]*\]|\(..|.)", "", text
+    )
     text = re.sub(r"\\(?:\[([^]]*)\]|\((..))", lambda m: TROFF_GLYPHS.get(m[1] or m[2], ""), text)
     return text.replace("\\-", "-").replace("\\e", "\\").replace("\\ ", " ").replace("\\'", "'")
 
@@ -254,9 +256,7 @@ def main() -> None:
     for workload, documents in collect(arguments.root, arguments.max_megabytes).items():
         train = [len(d.text) for d in documents if not d.heldout]
         heldout = [len(d.text) for d in documents if d.heldout]
-        print(
-            f"{workload:10} {len(train):10} {sum(train):12} {len(heldout):9} {sum(heldout):10}"
-        )
+        print(f"{workload:10} {len(train):10} {sum(train):12} {len(heldout):9} {sum(heldout):10}")
 
 
 if __name__ == "__main__":
