@@ -54,7 +54,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Source:
-    """Files of one workload: glob ``patterns`` below ``/`` (and ``--root``), and how to clean them."""
+    """Files of one workload: glob patterns below ``/`` and ``--root``, and how to clean them."""
 
     workload: str
     patterns: tuple[str, ...]
@@ -171,8 +171,8 @@ def is_prose_or_code(text: str) -> bool:
 def find_documents(source: Source, roots: list[Path]) -> Iterator[Document]:
     """The documents of one source, sorted by path.
 
-    At most `MAX_FILES_PER_FAMILY` files of one family (the same folder and the same name up to the
-    first ``-`` or ``_``) are taken, so that one large program's generated pages do not swamp the rest.
+    At most `MAX_FILES_PER_FAMILY` files of one family (the same folder, and the same name up to the
+    first ``-`` or ``_``) are taken, lest one large program's generated pages swamp the rest.
     """
     families: Counter[str] = Counter()
     for root in roots:

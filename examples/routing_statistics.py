@@ -1,7 +1,7 @@
 """How much structure routing has: hot experts of a layer, and what one layer says about the next.
 
-Arrays: ``experts`` [T, L, K] holds the expert ids of T tokens in L MoE layers, K per token; column 0
-is the primary expert, the one with the highest gate weight.
+Arrays: ``experts`` [T, L, K] holds the expert ids of T tokens in L MoE layers, K per token; column
+0 is the primary expert, the one with the highest gate weight.
 """
 
 from __future__ import annotations

@@ -95,11 +95,10 @@ def prepare(work: Path, roots: list[Path], max_megabytes: float) -> None:
         tokens: Corpus = {}
         for workload, documents in workloads.items():
             chosen = [d.text for d in documents if d.heldout == heldout]
-            ids = [e.ids + [0] for e in tokenizer.encode_batch(chosen)]
+            ids = [[*e.ids, 0] for e in tokenizer.encode_batch(chosen)]
             tokens[workload] = np.concatenate([np.array(i, np.uint16) for i in ids])
-            print(
-                f"{part:8} {workload:8} {len(chosen):5} documents {len(tokens[workload]):9} tokens"
-            )
+            size = len(tokens[workload])
+            print(f"{part:8} {workload:8} {len(chosen):5} documents {size:9} tokens")
         np.savez(work / f"{part}.npz", **tokens)
 
 
@@ -139,7 +138,10 @@ def sample_batch(corpus: Corpus, generator: np.random.Generator) -> torch.Tensor
 
 
 def balance_loss(router_logits: tuple[torch.Tensor, ...], k: int) -> torch.Tensor:
-    """Mean over layers of E * sum over experts of (share of pairs) x (mean probability); 1 = even."""
+    """E * sum over experts of (share of pairs) * (mean probability), mean over layers; 1 = even.
+
+    `router_logits` holds [tokens, E] for each layer.
+    """
     losses = []
     for logits in router_logits:
         probability = logits.float().softmax(-1)
@@ -203,7 +205,7 @@ def check_fast_experts(model: Qwen3MoeForCausalLM) -> None:
 
 
 def learning_rate(peak: float, steps: int, share: float) -> float:
-    """Warm-up, a constant, and a fall to zero (1 - sqrt) over the last DECAY_SHARE of the budget."""
+    """Warm-up, a constant, and over the last DECAY_SHARE of the budget a 1 - sqrt fall to zero."""
     decay = max(0.0, (share - (1 - DECAY_SHARE)) / DECAY_SHARE)
     return peak * min(1.0, (steps + 1) / WARMUP_STEPS) * (1 - math.sqrt(min(1.0, decay)))
 
