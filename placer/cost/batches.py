@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 NUM_GROUPS = 16
 _OPEN_BYTES = 2**28
+_LEAST_OPEN = 64
 _SGLANG_EPSILON = 1e-5
 
 
@@ -56,7 +57,7 @@ class BatchLoads:
 
     def __init__(self, num_layers: int, num_ranks: int, *, with_running: bool) -> None:
         per_batch = (NUM_GROUPS + 1) * num_layers * num_ranks * 4
-        self.max_open = max(64, _OPEN_BYTES // per_batch)
+        self.max_open = max(_LEAST_OPEN, _OPEN_BYTES // per_batch)
         self._slots: dict[int, int] = {}  # batch -> slot, least recently used first
         self._free: list[int] = []
         self.loads = np.zeros((0, NUM_GROUPS, num_layers, num_ranks), np.int32)

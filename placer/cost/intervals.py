@@ -47,6 +47,16 @@ def basic(value: float, resampled: NDArray[np.float64], confidence: float) -> In
     return min(low, value), max(high, value)
 
 
+def basic_of_inverse(
+    value: float, resampled: NDArray[np.float64], confidence: float
+) -> Interval | None:
+    """The basic interval of 1 / value, turned back: for a mean over a maximum."""
+    found = basic(1 / value, 1 / resampled, confidence) if (resampled > 0).all() else None
+    if found is None or found[0] <= 0:
+        return None
+    return 1 / found[1], 1 / found[0]
+
+
 def resampled_loads(
     counts: NDArray[np.float64],
     loads: NDArray[np.int64],

@@ -14,6 +14,7 @@ from placer.cost.definitions import METRICS
 from placer.cost.intervals import (
     Interval,
     basic,
+    basic_of_inverse,
     jackknife,
     percentile,
     resample_counts,
@@ -77,7 +78,7 @@ class _Draws:
 
     value: float
     drawn: NDArray[np.float64]
-    by: Literal["percentile", "basic", "jackknife"]
+    by: Literal["percentile", "basic", "basic_of_inverse", "jackknife"]
 
     def interval(
         self, confidence: float, bounds: tuple[float, float] = (-inf, inf)
@@ -88,6 +89,8 @@ class _Draws:
             found = percentile(self.drawn, confidence)
         elif self.by == "basic":
             found = basic(self.value, self.drawn, confidence)
+        elif self.by == "basic_of_inverse":
+            found = basic_of_inverse(self.value, self.drawn, confidence)
         else:
             found = jackknife(self.value, self.drawn, confidence)
         if found is None:
@@ -100,9 +103,9 @@ def measure(
 ) -> Metrics:
     """All figures of a replay, with intervals over requests.
 
-    Means and shares: percentile bootstrap over requests. Imbalance and balancedness: basic
-    bootstrap from the same resamples. Figures over batches: group jackknife over requests,
-    because a resample would have to form batches anew. docs/metrics.md says why.
+    Means and shares: percentile bootstrap over requests. Imbalance and balancedness (through its
+    inverse): basic bootstrap from the same resamples. Figures over batches: group jackknife over
+    requests, because a resample would have to form batches anew. docs/metrics.md says why.
 
     Args:
         replay: from `placer.cost.replay.replay`.
@@ -144,11 +147,15 @@ def compare(
         the difference is more than chance among requests.
 
     Raises:
-        UsageError: the replays are of different tokens.
+        UsageError: the replays are of different tokens or batches.
     """
     column = SUMS.index("token_layers")
     if not np.array_equal(plan.sums[:, column], baseline.sums[:, column]):
         raise UsageError("the two replays are not of the same tokens; a paired comparison needs it")
+    if plan.batches.how != baseline.batches.how:
+        raise UsageError(
+            f"one replay has batches of {plan.batches.how}, the other of {baseline.batches.how}"
+        )
     ours = _draw(plan, num_resamples, seed)
     theirs = _draw(baseline, num_resamples, seed)
     compared: dict[str, dict[str, float | None]] = {}
@@ -157,15 +164,15 @@ def compare(
             continue
         new, old = ours[name], theirs[name]
         with np.errstate(divide="ignore", invalid="ignore"):
-            value = float(np.float64(new.value) / np.float64(old.value) - 1)
-            change = _Draws(value, new.drawn / old.drawn - 1, new.by)
-        low, high = change.interval(confidence) or (None, None)
+            ratio = _Draws(float(np.divide(new.value, old.value)), new.drawn / old.drawn, new.by)
+        interval = ratio.interval(confidence) if np.isfinite(ratio.value) else None
+        low, high = interval or (None, None)
         compared[name] = {
             "value": _finite(new.value),
             "baseline": _finite(old.value),
-            "change": _finite(value),
-            "change_low": low,
-            "change_high": high,
+            "change": _finite(ratio.value - 1),
+            "change_low": None if low is None else low - 1,
+            "change_high": None if high is None else high - 1,
         }
     return compared
 
@@ -208,7 +215,7 @@ def _draw(replay: Replay, num_resamples: int, seed: int) -> dict[str, _Draws]:
     whole = of_loads(replay.rank_load.astype(np.float64))
     drawn = resampled_loads(counts, replay.loads, of_loads) if resampled else np.zeros((0, 2))
     draws["imbalance"] = _Draws(float(whole[0]), drawn[:, 0], "basic")
-    draws["balancedness"] = _Draws(float(whole[1]), drawn[:, 1], "basic")
+    draws["balancedness"] = _Draws(float(whole[1]), drawn[:, 1], "basic_of_inverse")
     with_groups = resampled > 0
     draws |= _batch_draws(replay.batches, "imbalance_batches", with_groups)
     if replay.mixed_batches is not None:

@@ -5,6 +5,7 @@ Shares no code with placer.cost. docs/metrics.md is its specification.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 
@@ -164,7 +165,7 @@ def messages(walked, model, place):
 def crossings(served, what, place):
     apart, pairs, shares = 0, 0, []
     for layers in served:
-        for here, there in zip(layers, layers[1:], strict=False):
+        for here, there in itertools.pairwise(layers):
             if here and there:
                 different = sum(place(a) != place(b) for a in here for b in there)
                 apart += different
