@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from placer.errors import MissingExtraError
 
 if TYPE_CHECKING:
-    from placer.tracer.tracer import Tracer, capture
     from placer.tracer.prompts import Prompt, read_prompts
     from placer.tracer.run import TraceSummary, trace_model
+    from placer.tracer.tracer import Tracer, capture
 
 __all__ = [
     "Prompt",

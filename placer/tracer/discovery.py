@@ -10,7 +10,7 @@ from torch import nn
 
 from placer.errors import PlacerError, UsageError
 from placer.tracer.dims import expert_dims
-from placer.tracer.layers import Group, choose_group, group_sites
+from placer.tracer.layers import Group, choose_group, group_sites, kind_of
 from placer.tracer.readers import Extract, ReadAgain, Routing
 from placer.tracer.sites import Layout, Site
 from placer.tracer.structure import ancestors_of, find_stacks
@@ -158,15 +158,14 @@ class Discovery:
                 )
         read = {seen.block for seen in self.watch.seen.values()}
         unread = {s.block for s in self._stacks if s.block in self.watch.called} - read
-        blocks = {seen.block for seen in chosen}
-        for alike in group_sites(sorted(blocks | unread)):
-            lost = [name for name in alike.names if name in unread]
-            if lost and len(lost) < len(alike.names):
-                raise PlacerError(
-                    f"{lost[0]} routes tokens in a way that could not be seen, unlike the other "
-                    "layers beside it",
-                    "name the modules that return expert ids with experts=",
-                )
+        kinds = {kind_of(seen.block) for seen in chosen}
+        lost = sorted(block for block in unread if kind_of(block) in kinds)
+        if lost:
+            raise PlacerError(
+                f"{lost[0]} routes tokens in a way that could not be seen, unlike the other "
+                "layers beside it",
+                "name the modules that return expert ids with experts=",
+            )
 
 
 def _nothing_found(model: nn.Module, *, was_called: bool = False) -> PlacerError:

@@ -42,8 +42,7 @@ def group_sites(names: Sequence[str]) -> list[Group]:
     """
     kinds: dict[tuple[str, str], dict[int, str]] = {}
     for name in names:
-        prefix, number, suffix = _split(name)
-        kinds.setdefault((prefix, re.sub(r"\d+", "#", suffix)), {})[number] = name
+        kinds.setdefault(kind_of(name), {})[_split(name)[1]] = name
     joined: dict[str, list[dict[int, str]]] = {}
     for (prefix, _), layers in kinds.items():
         groups = joined.setdefault(prefix, [])
@@ -58,6 +57,12 @@ def group_sites(names: Sequence[str]) -> list[Group]:
         for prefix, groups in joined.items()
         for layers in groups
     ]
+
+
+def kind_of(name: str) -> tuple[str, str]:
+    """Path before the layer number, and after it; the same for modules that are alike."""
+    prefix, _, suffix = _split(name)
+    return prefix, re.sub(r"\d+", "#", suffix)
 
 
 def choose_group(names: Sequence[str], routers: str | None) -> tuple[Group, list[Group]]:

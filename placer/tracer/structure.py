@@ -7,7 +7,7 @@ its *block*; a block's other modules (its router among them) are its *neighbours
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -72,12 +72,16 @@ def find_stacks(model: nn.Module) -> list[Stack]:
 
 
 def neighbours(
-    model: nn.Module, block: str, stacks: list[Stack]
+    model: nn.Module, block: str, stacks: Sequence[Stack]
 ) -> Iterator[tuple[str, nn.Module]]:
-    """The modules inside `block` that are in none of its stacks, with their paths."""
-    inside = tuple(stack.name for stack in stacks if stack.block == block and not stack.is_table)
+    """The modules inside `block`, with their paths, that are in no stack and no inner block."""
+    around = f"{block}." if block else ""
+    apart = {stack.name for stack in stacks if not stack.is_table}
+    apart |= {stack.block for stack in stacks if stack.block.startswith(around)} - {block}
     for name, module in model.get_submodule(block).named_modules(prefix=block):
-        if name != block and not any(name == s or name.startswith(f"{s}.") for s in inside):
+        is_inside = name in apart or any(outer in apart for outer in ancestors_of(name))
+        is_table = isinstance(module, nn.Embedding)
+        if name != block and not is_inside and not is_table:
             yield name, module
 
 

@@ -92,16 +92,32 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "Jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts_per_tok": 2},
     "JetMoe": {"kv_channels": 8, "num_experts_per_tok": 2, "num_key_value_heads": 2},
     "KimiLinear": _MLA
-    | {"layer_types": ["linear_attention", "full_attention"] * 2, "linear_head_dim": 8,
-       "linear_num_heads": 4},
+    | {
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "linear_head_dim": 8,
+        "linear_num_heads": 4,
+    },
     "Lfm2Moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "Llama4": {"num_experts_per_tok": 1, "intermediate_size_mlp": 24},
     "LongcatFlash": _MLA | {"zero_expert_num": 2, "expert_ffn_hidden_size": 16, "moe_topk": 3},
     "Mistral4": _MLA,
     "Mixtral": {"num_experts_per_tok": 2},
-    "NemotronH": {"layer_types": ["mamba", "moe", "attention", "moe"], "mamba_head_dim": 8,
-                  "mamba_num_heads": 8, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 8},
+    "NemotronH": {
+        "layer_types": ["mamba", "moe", "attention", "moe"],
+        "mamba_head_dim": 8,
+        "mamba_num_heads": 8,
+        "ssm_state_size": 8,
+        "n_groups": 1,
+        "chunk_size": 8,
+    },
     "Phimoe": {"num_experts_per_tok": 2},
+    "Qwen4Exp": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+    },
     "Zaya": {"num_experts_per_tok": 1},
 }
 
