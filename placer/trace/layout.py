@@ -12,6 +12,7 @@ Other files may lie beside them: placer leaves them alone and never reads them.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from dataclasses import asdict
@@ -93,6 +94,10 @@ def make_manifest(model: ModelDims, **fields: Any) -> Manifest:
     except ValidationError as error:
         raise UsageError(f"a trace cannot be written so: {_first_problem(error)}") from None
     problem = _problem(manifest)
+    try:
+        json.dumps(manifest.source, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        problem = f"source is no JSON document: {error}"
     if problem:
         raise UsageError(f"a trace cannot be written so: {problem}")
     return manifest

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from trace_cases import assert_same, random_trace, traces
+from trace_cases import assert_same, random_trace, traces, unhurried
 
 from placer.errors import BadFileError
 from placer.trace import ModelDims, Trace, make_trace
@@ -169,6 +169,7 @@ def test_empty_labels_mean_none() -> None:
     assert make_trace(**GOOD, labels={0: ""}).labels == {}
 
 
+@unhurried
 @given(traces())
 def test_a_checked_trace_passes_unchanged(trace: Trace) -> None:
     again = make_trace(
@@ -187,6 +188,7 @@ def test_a_checked_trace_passes_unchanged(trace: Trace) -> None:
     assert_same(again, trace)
 
 
+@unhurried
 @given(traces(variable=True, weights=True), st.randoms())
 def test_where_unused_entries_stand_does_not_matter(trace: Trace, random: Any) -> None:
     """Spreading -1 among the used ids, which keep their order, gives the same trace."""

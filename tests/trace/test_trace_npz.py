@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given
-from trace_cases import REAL_TRACE, assert_same, random_trace, traces
+from trace_cases import REAL_TRACE, assert_same, random_trace, traces, unhurried
 
 from placer.errors import BadFileError, UsageError
 from placer.trace import Trace, open_trace, read_npz, write_npz
@@ -19,6 +19,7 @@ def save(path: Path, **arrays: Any) -> Path:
     return path
 
 
+@unhurried
 @given(traces())
 def test_what_is_written_is_read_back(
     tmp_path_factory: pytest.TempPathFactory, trace: Trace

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from placer.trace import ModelDims, Trace, make_trace
 
 REPOSITORY = Path(__file__).parents[2]
 REAL_TRACE = REPOSITORY.parent / "shared" / "traces" / "gpt_oss_20b_decode.npz"
+
+unhurried = settings(deadline=None, max_examples=50)  # files take as long as they take
 
 ARRAYS = ("experts", "layer_ids", "request", "position", "phase", "step", "weights", "home")
 
