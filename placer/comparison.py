@@ -68,9 +68,7 @@ def compare_solvers(
         progress(f"solving with {name}")
         cap = settings.max_imbalance if name in CAPPED_SOLVERS else None
         try:
-            result = run_solver(
-                replace(problem, max_imbalance=cap), replace(settings, solver=name)
-            )
+            result = run_solver(replace(problem, max_imbalance=cap), replace(settings, solver=name))
         except PlacerError as error:
             failed.append({"solver": name, "error": error.message})
             continue

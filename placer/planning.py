@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from placer import __version__
+from placer.cluster import Cluster, fits, load_cluster
 from placer.errors import InfeasibleError, TimeLimitError, UsageError
 from placer.evaluation import evaluate
 from placer.placement import Placement, contiguous
 from placer.plan import Dispatch, Plan
 from placer.trace.concat import concatenate
-from placer.trace.model import Trace
+from placer.trace.model import ModelDims, Trace
 from placer.trace.source import TraceSource
 from placer.trace.split import split_requests
 
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
     from solvers import Budget, Problem, Result
 
 DEFAULT_MAX_IMBALANCE = 1.10
+DEFAULT_NODE_WEIGHT = 4.0
 PROFILE_TOKENS = 32768
+ELEMENT_BYTES = 2  # of a hidden state in bfloat16
 IN_MEMORY_BYTES = 1 << 29
 CAPPED_SOLVERS = ("auto", "local_search")
 
@@ -47,7 +50,9 @@ class Settings:
         holdout: share of the requests that judge the plan.
         in_sample: fit to all requests and judge on the same ones, labelled so.
         profile_tokens: at most this many tokens, evenly spaced, for the exact objectives.
-        node_weight: what a message between nodes costs more than one inside a node.
+        node_weight: what a message between nodes costs more than one inside a node; None = by the
+            cluster's bandwidths, or DEFAULT_NODE_WEIGHT without a cluster.
+        cluster: preset or TOML file of the cluster; None = unknown.
         replica_policy: how a token chooses among copies when the plan is judged.
     """
 
@@ -64,7 +69,8 @@ class Settings:
     holdout: float = 0.5
     in_sample: bool = False
     profile_tokens: int = PROFILE_TOKENS
-    node_weight: float = 4.0
+    node_weight: float | None = None
+    cluster: str | None = None
     replica_policy: ReplicaPolicy = "local"
 
 
@@ -94,7 +100,9 @@ def split_sources(sources: Sequence[TraceSource], settings: Settings) -> Parts:
         }
         for source in sources
     ]
-    phased = [source.filtered(phase=settings.phase) if settings.phase else source for source in sources]
+    phased = [
+        source.filtered(phase=settings.phase) if settings.phase else source for source in sources
+    ]
     if settings.in_sample:
         whole = concatenate(phased)
         return Parts(whole, whole, "in-sample", inputs)
@@ -184,6 +192,59 @@ def slots_needed(num_experts: int, num_ranks: int, slots_per_rank: int | None) -
     return min(slots_per_rank, num_experts)
 
 
+def cluster_of(settings: Settings) -> Cluster | None:
+    """The cluster that the settings name, with their nodes and ranks."""
+    if settings.cluster is None:
+        return None
+    return load_cluster(
+        settings.cluster,
+        num_nodes=settings.num_nodes,
+        ranks_per_node=settings.num_ranks // settings.num_nodes,
+    )
+
+
+def prices(
+    settings: Settings, cluster: Cluster | None, model: ModelDims
+) -> tuple[float, float, float]:
+    """What the objective pays: node weight, us of a pair in an expert, us of a message.
+
+    A message carries a hidden state there and its result back over a rank's fast link; a message
+    between nodes costs as much more as the network is slower.
+
+    Raises:
+        UsageError: objective latency without a cluster, or without the model's dimensions.
+    """
+    node_weight = DEFAULT_NODE_WEIGHT if settings.node_weight is None else settings.node_weight
+    if cluster is not None and settings.node_weight is None:
+        shared = cluster.ranks_per_node if cluster.inter_node_scope == "node" else 1
+        node_weight = cluster.intra_node_gbps / (cluster.inter_node_gbps / shared)
+    if settings.num_nodes == 1:
+        node_weight = 0.0
+    if settings.objective != "latency":
+        return node_weight, 0.0, 0.0
+    if cluster is None:
+        raise UsageError("objective latency needs to know the cluster", "--cluster h100-nvl8")
+    missing = [
+        name
+        for name, value in {
+            "hidden_size": model.hidden_size,
+            "expert_flops_per_token": model.expert_flops_per_token,
+            "flops of the cluster": cluster.flops,
+        }.items()
+        if value is None
+    ]
+    if missing:
+        raise UsageError(
+            f"objective latency needs {', '.join(missing)}, which the trace or cluster lacks",
+            "trace with `placer trace`, add the keys to the npz (docs/traces.md), or use traffic",
+        )
+    assert model.hidden_size is not None
+    assert model.expert_flops_per_token is not None
+    assert cluster.flops is not None
+    message_us = 2 * model.hidden_size * ELEMENT_BYTES / (cluster.intra_node_gbps * 1e3)
+    return node_weight, model.expert_flops_per_token / cluster.flops * 1e6, message_us
+
+
 def build_problem(source: TraceSource, settings: Settings, progress: Progress) -> Problem:
     """Count the tokens to fit to and put the solvers' problem together."""
     from placer.affinity import count_chunks
@@ -194,9 +255,16 @@ def build_problem(source: TraceSource, settings: Settings, progress: Progress) -
             f"{settings.num_nodes} nodes do not divide {settings.num_ranks} GPUs",
             "every node holds the same number of GPUs",
         )
-    if settings.num_ranks > source.num_experts * 64:
-        raise UsageError(f"{settings.num_ranks} GPUs for {source.num_experts} experts")
     slots = slots_needed(source.num_experts, settings.num_ranks, settings.slots_per_rank)
+    cluster = cluster_of(settings)
+    if cluster is not None and source.model.expert_bytes is not None:
+        fits(
+            cluster,
+            num_layers=source.num_layers,
+            slots_per_rank=slots,
+            expert_bytes=source.model.expert_bytes,
+        )
+    node_weight, load_us, message_us = prices(settings, cluster, source.model)
     progress("counting load, co-activation and affinity")
     counts = count_chunks(source.chunks())
     progress("sampling tokens for the exact objective")
@@ -216,7 +284,9 @@ def build_problem(source: TraceSource, settings: Settings, progress: Progress) -
         dispatch=settings.dispatch,
         objective=settings.objective,  # type: ignore[arg-type]
         max_imbalance=settings.max_imbalance,
-        node_weight=settings.node_weight if settings.num_nodes > 1 else 0.0,
+        node_weight=node_weight,
+        latency_load_us=load_us,
+        latency_message_us=message_us,
     )
 
 
@@ -298,7 +368,7 @@ def plan_of_result(
         layer_ids=tuple(int(i) for i in parts.fit.layer_ids),
         model=parts.fit.model,
         dispatch=settings.dispatch,
-        prediction=evaluation.to_document(),
+        prediction=evaluation.to_document() | step_times(placement, baseline, parts, settings),
         certificate={
             "scope": "fit",
             "objective": settings.objective,
@@ -326,6 +396,28 @@ def plan_of_result(
         },
         timings={"solve_s": round(result.seconds, 3), "total_s": round(seconds, 3)},
     )
+
+
+def step_times(
+    placement: Placement, baseline: Placement, parts: Parts, settings: Settings
+) -> dict[str, Any]:
+    """Modelled step time of the plan and of the baseline; nothing without a cluster."""
+    from placer.cost import step_time
+
+    cluster = cluster_of(settings)
+    if cluster is None:
+        return {}
+    modelled = {
+        name: step_time(
+            parts.judge.chunks(),
+            which,
+            cluster,
+            dispatch=settings.dispatch,
+            replica_policy=settings.replica_policy,
+        ).summary()
+        for name, which in (("plan", placement), ("contiguous", baseline))
+    }
+    return {"step_time": {"cluster": cluster.name, **modelled}}
 
 
 def versions() -> dict[str, str]:

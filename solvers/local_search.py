@@ -437,7 +437,7 @@ def local_search(problem: Problem, seed: int, budget: Budget) -> Solution:
     elif problem.objective == "latency":
         used = float((problem.tokens >= 0).sum(axis=2).mean()) if problem.tokens is not None else 0
         per_message = max(problem.latency_message_us, 1e-12)
-        price = problem.latency_load_us * used / problem.num_ranks / per_message
+        price = problem.latency_load_us * used / per_message
     search = _coherent if layers.coupled else _separable
     placement = np.stack(search(layers, seed, budget, price))
     return Solution(placement, termination=budget.termination())

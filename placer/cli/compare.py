@@ -32,7 +32,8 @@ def compare(
     time_limit: options.TimeLimit = None,
     holdout: options.Holdout = 0.5,
     in_sample: options.InSample = False,
-    node_weight: options.NodeWeight = 4.0,
+    node_weight: options.NodeWeight = None,
+    cluster: options.ClusterName = None,
     replica_policy: options.ReplicaPolicy = options.ReplicaPolicyName.local,
     json_output: options.JsonOutput = False,
 ) -> None:
@@ -59,6 +60,7 @@ def compare(
         holdout=holdout,
         in_sample=in_sample,
         node_weight=node_weight,
+        cluster=cluster,
         replica_policy=replica_policy.value,
     )
     with progress_status() as progress:

@@ -24,6 +24,7 @@ class ObjectiveName(StrEnum):
 
     traffic = "traffic"
     balance = "balance"
+    latency = "latency"
 
 
 class PhaseName(StrEnum):
@@ -47,7 +48,9 @@ Force = Annotated[bool, typer.Option("--force", help="Replace the output if it e
 Traces = Annotated[
     list[Path], typer.Argument(metavar="DIR...", help="Traces: folders, or .npz files.")
 ]
-OneTrace = Annotated[Path, typer.Argument(metavar="DIR", help="A trace: a folder, or an .npz file.")]
+OneTrace = Annotated[
+    Path, typer.Argument(metavar="DIR", help="A trace: a folder, or an .npz file.")
+]
 Gpus = Annotated[int, typer.Option("--gpus", min=1, help="Ranks of the expert-parallel group.")]
 Nodes = Annotated[int, typer.Option("--nodes", min=1, help="Hosts that the GPUs are spread over.")]
 SlotsPerRank = Annotated[
@@ -81,9 +84,20 @@ InSample = Annotated[
     typer.Option("--in-sample", help="Fit to all requests and judge on the same; labelled so."),
 ]
 NodeWeight = Annotated[
-    float,
+    float | None,
     typer.Option(
-        "--node-weight", min=0.0, help="Extra price of a message between nodes, in messages."
+        "--node-weight",
+        min=0.0,
+        help="Extra price of a message between nodes, in messages. "
+        "Default: by the cluster's bandwidths, or 4.",
+    ),
+]
+ClusterName = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster",
+        metavar="NAME|FILE",
+        help="A preset (h100-nvl8, ...) or a TOML file: memory is checked, step time modelled.",
     ),
 ]
 ReplicaPolicy = Annotated[

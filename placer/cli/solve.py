@@ -34,7 +34,8 @@ def solve(
     time_limit: options.TimeLimit = None,
     holdout: options.Holdout = 0.5,
     in_sample: options.InSample = False,
-    node_weight: options.NodeWeight = 4.0,
+    node_weight: options.NodeWeight = None,
+    cluster: options.ClusterName = None,
     replica_policy: options.ReplicaPolicy = options.ReplicaPolicyName.local,
     force: options.Force = False,
     json_output: options.JsonOutput = False,
@@ -66,6 +67,7 @@ def solve(
         holdout=holdout,
         in_sample=in_sample,
         node_weight=node_weight,
+        cluster=cluster,
         replica_policy=replica_policy.value,
     )
     with progress_status() as progress:

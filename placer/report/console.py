@@ -6,19 +6,25 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console, RenderableType
+
+FILE_WIDTH = 160  # of tables that go to a file or a pipe
+
+
+def _console(stream: TextIO) -> Console:
+    return Console(file=stream, highlight=False, width=None if stream.isatty() else FILE_WIDTH)
 
 
 def stdout_console() -> Console:
     """For what the user asked to see."""
-    return Console(file=sys.stdout, highlight=False)
+    return _console(sys.stdout)
 
 
 def stderr_console() -> Console:
     """For progress, warnings and errors."""
-    return Console(file=sys.stderr, highlight=False)
+    return _console(sys.stderr)
 
 
 def show(json_output: bool, document: Any, render: Callable[[], list[RenderableType]]) -> None:

@@ -24,8 +24,22 @@ def plan_summary(document: Mapping[str, Any]) -> list[RenderableType]:
     prediction, certificate = document["prediction"], document["certificate"]
     if prediction:
         lines += evaluation_table(prediction)
+        if "step_time" in prediction:
+            lines.append(step_time_line(prediction["step_time"]))
     if certificate:
         seconds = document["timings"].get("solve_s")
         took = "" if seconds is None else f" ({document['provenance']['solver']}, {seconds:.1f} s)"
         lines.append(certificate_line(certificate) + took)
     return lines
+
+
+def step_time_line(document: Mapping[str, Any]) -> str:
+    """Modelled step time of a plan beside the contiguous placement."""
+    ours, theirs = document["plan"], document["contiguous"]
+    if ours["total_us"] is None:
+        return f"step time on {document['cluster']}: unknown without {', '.join(ours['missing'])}"
+    change = ours["total_us"] / theirs["total_us"] - 1
+    return (
+        f"modelled step time on {document['cluster']}: {ours['total_us']:.1f} us a batch "
+        f"({ours['batches']}), contiguous {theirs['total_us']:.1f} us, {100 * change:+.1f} %"
+    )

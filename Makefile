@@ -1,0 +1,40 @@
+# Every target sets up what it needs in .venv, pinned by constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SOURCES := placer solvers tests examples benchmarks
+
+.PHONY: demo test test-slow check lint types bench clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[trace,dev]'
+	touch $@
+
+demo: $(READY)  ## the whole pipeline on the shipped model, in about a minute
+	$(BIN)/placer demo --output out/demo --force
+
+test: $(READY)  ## what CI runs, below 10 minutes on 2 cores
+	$(BIN)/python -m pytest -m "not slow and not cuda"
+
+test-slow: $(READY)  ## long tests: large traces, the long tail of model families
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+types: $(READY)
+	$(BIN)/mypy
+
+
+
+check: lint types test  ## what .ci/run runs
+
+bench: $(READY)  ## every benchmark, ratios against a peer or a bound
+	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+
+clean:
+	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache

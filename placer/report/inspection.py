@@ -1,0 +1,46 @@
+"""What is in a trace, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import RenderableType
+
+from placer.report.tables import plain_table
+
+
+def inspection_lines(document: Mapping[str, Any]) -> list[RenderableType]:
+    """A table of facts, then what is wrong."""
+    table = plain_table(document["path"])
+    table.show_header = False
+    table.add_column(style="dim")
+    table.add_column()
+    used = document["experts_used"]
+    layer_ids = document["layer_ids"]
+    facts = {
+        "format": f"{document['file_format']}, {document['bytes_on_disk']:,} bytes",
+        "tokens": f"{document['tokens']:,} of {document['requests']:,} requests",
+        "layers": f"{document['layers']} (ids {layer_ids[0]}..{layer_ids[-1]})",
+        "experts": f"{document['experts']}, top-{document['top_k']}"
+        + (f" (used: {used['min']} to {used['max']}, mean {used['mean']:.2f})" if used else ""),
+        "phases": ", ".join(f"{n:,} {name}" for name, n in document["phases"].items() if n),
+        "forward passes": "not recorded" if document["steps"] is None else f"{document['steps']:,}",
+        "gate weights": "yes" if document["has_weights"] else "no",
+        "model": ", ".join(
+            f"{name} {value}" for name, value in document["model"].items() if value is not None
+        )
+        or "unknown",
+        "fingerprint": document["fingerprint"] or "–",
+    }
+    for name, fact in facts.items():
+        table.add_row(name, fact)
+    for label, entry in list(document["labels"].items())[:12]:
+        count = f"{entry['tokens']:,} tokens of {entry['requests']:,} requests"
+        table.add_row(f"label {label or '(none)'}", count)
+    lines: list[RenderableType] = [table]
+    state = "complete" if document["complete"] else "unfinished (readable up to the last part)"
+    lines.append(f"{'sound' if document['sound'] else '[red]not sound[/]'}, {state}")
+    lines += [f"[yellow]warning:[/] {warning}" for warning in document["warnings"]]
+    lines += [f"[red]problem:[/] {problem}" for problem in document["problems"]]
+    return lines

@@ -1,0 +1,33 @@
+"""The default: the local search, and beside it what is quick and might be better.
+
+For objective balance the greedy packing of EPLB is tried as well; of the placements that keep the
+cap, the one with the best objective is returned, the local search's on a tie. Source: placer.
+"""
+
+from __future__ import annotations
+
+from solvers import check
+from solvers.budget import Budget
+from solvers.problem import Problem
+from solvers.registry import get, register
+from solvers.result import Solution
+
+
+@register("auto", source="placer", replicates=True)
+def auto(problem: Problem, seed: int, budget: Budget) -> Solution:
+    """Picks solvers by the problem and returns the best plan."""
+    names = ["local_search"]
+    if problem.objective == "balance":
+        names.append("eplb")
+    best: tuple[tuple[bool, float], Solution] | None = None
+    for name in names:
+        solution = get(name).function(problem, seed, budget)
+        solution.notes["chosen"] = name
+        parts = check.check(problem, solution.placement)
+        cap = problem.max_imbalance
+        broken = cap is not None and parts["imbalance"] > cap * (1 + 1e-9)
+        worth = (broken, check.objective(problem, parts))
+        if best is None or worth < best[0]:
+            best = worth, solution
+    assert best is not None
+    return best[1]
