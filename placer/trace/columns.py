@@ -55,6 +55,13 @@ def schema(manifest: Manifest) -> pa.Schema:
     return pa.schema(fields)
 
 
+def same_type(found: pa.DataType, expected: pa.DataType) -> bool:
+    """Whether two types hold the same values; whether nulls are allowed does not matter."""
+    if pa.types.is_list(expected) and pa.types.is_list(found):
+        return bool(found.value_type == expected.value_type)
+    return bool(found == expected)
+
+
 def writer_options(manifest: Manifest) -> dict[str, Any]:
     """Encodings that every reader of Parquet knows: ids by dictionary, counters by differences."""
     counters = [name for name in token_columns(manifest) if name != "phase"]

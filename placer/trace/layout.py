@@ -203,7 +203,9 @@ def part_files(folder: Path) -> dict[int, dict[int, Path]]:
     ]
     parts: dict[int, dict[int, Path]] = {}
     for rank, number, path in sorted(found):
-        parts.setdefault(rank, {})[number] = path
+        other = parts.setdefault(rank, {}).setdefault(number, path)
+        if other != path:
+            raise BadFileError(f"{other} and {path.name} are both part {number} of rank {rank}")
     return parts
 
 

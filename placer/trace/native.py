@@ -185,11 +185,9 @@ def _check_footer(path: Path, expected: pa.Schema) -> int:
     for field in expected:
         if field.name not in found.names:
             raise BadFileError(f"{path} has no column {field.name}", _HINT)
-        if found.field(field.name).type != field.type:
-            raise BadFileError(
-                f"{path}: column {field.name} is {found.field(field.name).type}, "
-                f"expected {field.type}"
-            )
+        kind = found.field(field.name).type
+        if not columns.same_type(kind, field.type):
+            raise BadFileError(f"{path}: column {field.name} is {kind}, expected {field.type}")
     return count
 
 
@@ -216,6 +214,8 @@ def _labels(batch: pa.RecordBatch, where: str) -> dict[int, str]:
     names = label.dictionary.to_pylist()
     codes = label.indices.fill_null(-1).to_numpy()
     requests = columns.read_numbers(batch.column("request"), f"{where}: request")
+    if codes.max() >= len(names):
+        raise BadFileError(f"{where}: label {codes.max()} is not among the {len(names)} labels")
     labelled = codes >= 0
     ids, index = np.unique(requests[labelled], return_inverse=True)
     pairs = np.unique(index * len(names) + codes[labelled])

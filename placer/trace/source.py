@@ -39,6 +39,11 @@ def open_trace(path: Path | str) -> TraceSource:
         return NativeSource(path)
     if not path.exists():
         raise BadFileError(f"{path} does not exist", "expected a trace: a folder or an .npz file")
+    if path.suffix == ".parquet":
+        raise BadFileError(
+            f"{path} may be a part of a trace, but is not a whole one",
+            f"give the folder that it lies in: {path.parent}",
+        )
     trace, unknown = load_npz(path)
     source = MemorySource(trace, path=path)
     if unknown:
