@@ -23,7 +23,8 @@ class GenerateCall:
 
     Attributes:
         num_prompt_columns: columns of the prompt, padding included; those after it are decode.
-        stop_tokens: tokens that are fed to rows that are over (end of sequence, padding).
+        stop_tokens: tokens after which a row is over; they, too, are fed only because other rows
+            go on.
         num_beams: rows of a request in beam search, else 1.
         sequences: the rows, once the first pass has started.
     """
@@ -45,13 +46,15 @@ def read_call(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> G
         value = getattr(given, name, None)
         return getattr(defaults, name, None) if value is None else value
 
-    end, padding = _ids(setting("eos_token_id")), _ids(setting("pad_token_id"))
+    stop_tokens = _ids(setting("eos_token_id"))
     num_beams = setting("num_beams") or 1
-    can_end = end or kwargs.get("stopping_criteria") or setting("stop_strings")
+    if stop_tokens and (kwargs.get("stopping_criteria") or setting("stop_strings")):
+        # rows may end without an end token, and are fed padding from then on
+        stop_tokens |= _ids(setting("pad_token_id"))
     return GenerateCall(
         num_prompt_columns=_prompt_columns(model, args, kwargs),
         # the beams of a search are not rows that end one by one
-        stop_tokens=frozenset(end | padding) if can_end and num_beams == 1 else frozenset(),
+        stop_tokens=frozenset(stop_tokens if num_beams == 1 else ()),
         num_beams=num_beams,
     )
 

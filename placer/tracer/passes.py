@@ -51,7 +51,7 @@ class Pass:
         valid: [B, S] which tokens are real, None for all.
         prefix: [B, P] which tokens before it are real, when these were not traced.
         tokens: [B, S] token ids, when rows may end.
-        stop_tokens: tokens that are fed to rows that are over.
+        stop_tokens: tokens after which a row is over.
         num_prompt_columns: columns of the prompt inside a generate() call, else None.
         first_new: column before which tokens were counted in an earlier pass.
     """

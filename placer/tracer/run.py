@@ -167,6 +167,7 @@ class _Run:
         self._tracer = tracer
         self._progress = progress
         self._num_prompts = num_prompts
+        tracer.on_pass = self._report
         self._options: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
             "pad_token_id": loaded.padding,
@@ -187,18 +188,15 @@ class _Run:
             self._loaded.model.generate(
                 input_ids=tokens,
                 attention_mask=mask,
-                stopping_criteria=[self._report],
                 **self._options,
             )
         self.num_done += len(requests)
-        self._report(tokens, None)
+        self._report()
 
-    def _report(self, tokens: Tensor, scores: Any, **options: Any) -> Tensor:
-        """A stopping criterion that stops nothing: generate() calls it after each token."""
+    def _report(self) -> None:
         if self._progress is not None:
             done = Progress(self.num_done, self._num_prompts, self._tracer.num_tokens)
             self._progress(done)
-        return torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
 
 
 def _number(

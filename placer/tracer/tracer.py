@@ -89,6 +89,7 @@ class Tracer:
 
     Attributes:
         layout: what is traced; None until the first forward pass has ended.
+        on_pass: called after each forward pass, where it is set.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class Tracer:
         if path is not None and not (path.is_dir() and not any(path.iterdir())):
             refuse_overwrite(path, force)
         self.layout: Layout | None = None
+        self.on_pass: Callable[[], None] | None = None
         self._model = model
         self._path = path
         self._weights = weights
@@ -302,6 +304,8 @@ class Tracer:
         self._books.finish(found, inputs, output, ids.numel() // ids.shape[-1])
         found.start_copy(self.layout, routing)
         self._assembly.add(found)
+        if self.on_pass is not None:
+            self.on_pass()
 
     def _keep(self, layout: Layout) -> None:
         """The first pass has shown what is traced: keep the few hooks that are needed."""
