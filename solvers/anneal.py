@@ -71,14 +71,15 @@ def below(state: Any, limit: int) -> Any:
 @njit(cache=True, nogil=True, error_model="numpy")
 def cover(bits: Any, slots: Any, first: int, last: int, once: Any, twice: Any) -> None:
     """Fill once / twice [W]: tokens with >= 1 / >= 2 experts in slots first..last - 1."""
-    once[:] = 0
-    twice[:] = 0
+    for w in range(once.size):
+        once[w] = 0
+        twice[w] = 0
     for slot in range(first, last):
-        if slots[slot] >= 0:
-            row = bits[slots[slot]]
-            for w in range(row.size):
-                twice[w] |= once[w] & row[w]
-                once[w] |= row[w]
+        expert = slots[slot]
+        if expert >= 0:
+            for w in range(once.size):
+                twice[w] |= once[w] & bits[expert, w]
+                once[w] |= bits[expert, w]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -135,17 +136,20 @@ def stay_change(
 def count_bits(rows: Any) -> Any:
     """Number of set bits of a [rows, W] table."""
     total = np.int64(0)
-    for row in rows:
-        for w in range(row.size):
-            total += np.int64(popcount(row[w]))
+    for row in range(rows.shape[0]):
+        for w in range(rows.shape[1]):
+            total += np.int64(popcount(rows[row, w]))
     return total
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def anneal_layer(
     bits: Any,
-    load: Any,
+    relative: Any,
     slots: Any,
+    best_slots: Any,
+    once: Any,
+    twice: Any,
     groups: Any,
     weights: Any,
     token_price: float,
@@ -155,7 +159,6 @@ def anneal_layer(
     cooling: float,
     proposals: int,
     seed: int,
-    coupled: bool,
     primary_bits: Any,
     home: Any,
     next_once: Any,
@@ -164,14 +167,16 @@ def anneal_layer(
 
     Minimises token_price * sum over levels of weight * traffic + price * max / mean rank load
     + square_price * mean square of (rank load / mean). A level is a way to cut the slots into equal
-    groups: ranks, nodes. The traffic of a token at a level is its span there, or when `coupled`
-    (coherent dispatch) twice its span less one for each of the two layer boundaries at which it
-    need not move. Cost: see the module's docstring.
+    groups: ranks, nodes. The traffic of a token at a level is its span there, or with
+    `primary_bits` (coherent dispatch) twice its span less one for each of the two layer boundaries
+    at which it need not move. Cost: see the module's docstring.
 
     Args:
         bits: [E + 1, W] uint64 tokens of each expert, from `pack_bits`.
-        load: [E] float64 load of each expert.
+        relative: [E + 1] float64 load of each expert in units of the mean rank load; the last is 0.
         slots: [S] int64 expert of each slot, -1 = empty; changed in place.
+        best_slots: [S] int64, scratch.
+        once, twice: [sum of groups, W] uint64, scratch.
         groups: [levels] int64 groups at each level, ranks first: [G] or [G, N].
         weights: [levels] float64 price of a group of each level in the span.
         token_price: price of one message of one token; usually 1 / T.
@@ -180,8 +185,8 @@ def anneal_layer(
         temperature, cooling: first temperature, factor per proposal.
         proposals: how many swaps to propose.
         seed: of the random numbers.
-        coupled: whether the neighbouring layers matter.
-        primary_bits: [E + 1, W] tokens of which each expert is the primary (coupled only).
+        primary_bits: [E + 1, W] tokens of which each expert is the primary; None when neighbouring
+            layers do not matter, and then home and next_once are None too.
         home: [sum of groups, W] tokens that enter the layer in each group, levels stacked.
         next_once: [sum of groups, W] tokens with an expert of the next layer there.
 
@@ -192,9 +197,7 @@ def anneal_layer(
     num_ranks = groups[0]
     width = num_slots // num_ranks
     empty = bits.shape[0] - 1
-    factor = 2 if coupled else 1
-    once = np.zeros((groups.sum(), bits.shape[1]), np.uint64)
-    twice = np.zeros((groups.sum(), bits.shape[1]), np.uint64)
+    factor = 1 if primary_bits is None else 2
     base = 0
     for level in range(groups.size):
         size = num_slots // groups[level]
@@ -204,18 +207,17 @@ def anneal_layer(
         base += groups[level]
     rank_load = np.zeros(num_ranks, np.float64)
     for slot in range(num_slots):
+        best_slots[slot] = slots[slot]
         if slots[slot] >= 0:
-            rank_load[slot // width] += load[slots[slot]]
-    mean = max(load.sum() / num_ranks, 1e-300)
-    rank_load /= mean
-    relative = np.zeros(load.size + 1, np.float64)
-    relative[:-1] = load / mean
-    squares = (rank_load * rank_load).sum() / num_ranks
-    peak = rank_load.max()
+            rank_load[slot // width] += relative[slots[slot]]
+    squares = 0.0
+    peak = 0.0
+    for rank in range(num_ranks):
+        squares += rank_load[rank] * rank_load[rank] / num_ranks
+        peak = max(peak, rank_load[rank])
     cost = price * peak + square_price * squares
     best = cost
-    best_slots = slots.copy()
-    state = np.empty(1, np.uint64)
+    state = np.zeros(1, np.uint64)
     state[0] = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x2545F4914F6CDD1D)
     for _ in range(4):
         next_random(state)
@@ -256,7 +258,7 @@ def anneal_layer(
             change = factor * swap_change(
                 bits[expert_a], bits[expert_b], once[a], twice[a], once[b], twice[b]
             )
-            if coupled:
+            if primary_bits is not None:
                 change -= stay_change(
                     bits[expert_a], bits[expert_b], once[a], twice[a], once[b], twice[b],
                     home[a], home[b], primary_bits[expert_a], primary_bits[expert_b],
@@ -286,6 +288,8 @@ def anneal_layer(
             base += groups[level]
         if cost < best - 1e-12:
             best = cost
-            best_slots[:] = slots
-    slots[:] = best_slots
+            for slot in range(num_slots):
+                best_slots[slot] = slots[slot]
+    for slot in range(num_slots):
+        slots[slot] = best_slots[slot]
     return best

@@ -25,6 +25,7 @@ import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,14 +77,21 @@ class Layers:
     def token_price(self) -> float:
         return 1.0 / max(1, self.num_tokens)
 
-    @property
+    @cached_property
+    def relative(self) -> NDArray[np.float64]:
+        """[L, E + 1] load in units of the mean rank load, a zero for the empty slot at the end."""
+        load = self.problem.load
+        mean = np.maximum(load.sum(axis=1, keepdims=True) / self.problem.num_ranks, 1e-300)
+        return np.pad(load / mean, ((0, 0), (0, 1)))
+
+    @cached_property
     def groups(self) -> NDArray[np.int64]:
         """Groups of slots at each level at which messages count: ranks, and nodes if they do."""
         problem = self.problem
         nodes = problem.num_nodes > 1 and problem.node_weight > 0
         return np.array([problem.num_ranks, problem.num_nodes][: 1 + nodes], np.int64)
 
-    @property
+    @cached_property
     def weights(self) -> NDArray[np.float64]:
         """What a message costs at each level."""
         return np.array([1.0, self.problem.node_weight][: self.groups.size], np.float64)
@@ -173,20 +181,25 @@ def _anneal(
     from solvers.anneal import anneal_layer
 
     problem = layers.problem
-    bits, primary_bits = layers.bits[layer], layers.primary_bits[layer]
-    home = next_once = np.zeros((layers.groups.sum(), bits.shape[1]), np.uint64)
-    before, after = neighbours
-    if before is not None:
-        home = _cover_levels(layers, layers.primary_bits[layer - 1], before)
-    if after is not None:
-        next_once = _cover_levels(layers, layers.bits[layer + 1], after)
+    bits = layers.bits[layer]
+    primary_bits = home = next_once = None
+    if layers.coupled:
+        primary_bits = layers.primary_bits[layer]
+        home = next_once = np.zeros((layers.groups.sum(), bits.shape[1]), np.uint64)
+        before, after = neighbours
+        if before is not None:
+            home = _cover_levels(layers, layers.primary_bits[layer - 1], before)
+        if after is not None:
+            next_once = _cover_levels(layers, layers.bits[layer + 1], after)
     result = slots.copy()
     heat = layers.heat + 0.02 * price * problem.num_ranks / problem.num_experts
+    once, twice = np.zeros((2, layers.groups.sum(), bits.shape[1]), np.uint64)
     anneal_layer(
-        bits, problem.load[layer], result, layers.groups, layers.weights, layers.token_price,
-        price, 0.05 * price, hot * heat, (cold / hot) ** (1.0 / proposals), proposals,
+        bits, layers.relative[layer], result, slots.copy(), once, twice,
+        layers.groups, layers.weights, layers.token_price, price, 0.05 * price,
+        hot * heat, (cold / hot) ** (1.0 / proposals), proposals,
         int(np.random.SeedSequence(list(seed)).generate_state(1)[0]),
-        layers.coupled, primary_bits, home, next_once,
+        primary_bits, home, next_once,
     )  # fmt: skip
     return result
 
@@ -251,7 +264,7 @@ def _fill(
 
 
 def _proposals(problem: Problem) -> int:
-    return 1200 * max(16, problem.num_experts)
+    return 600 * max(32, problem.num_experts)
 
 
 def _separable(layers: Layers, seed: int, budget: Budget, price: float | None) -> list[Slots]:
