@@ -17,7 +17,7 @@ from placer.trace import ModelDims, Trace, make_trace
 REPOSITORY = Path(__file__).parents[2]
 REAL_TRACE = REPOSITORY.parent / "shared" / "traces" / "gpt_oss_20b_decode.npz"
 
-unhurried = settings(deadline=None, max_examples=50)  # files take as long as they take
+unhurried = settings(deadline=None, max_examples=25)  # files take as long as they take
 
 ARRAYS = ("experts", "layer_ids", "request", "position", "phase", "step", "weights", "home")
 
