@@ -11,7 +11,7 @@ from types import FrameType
 
 import numpy as np
 
-from solvers import check
+from solvers import bounds, check
 from solvers.budget import Budget
 from solvers.problem import Problem
 from solvers.registry import get
@@ -29,6 +29,8 @@ def solve(
     budget: Budget | None = None,
 ) -> Result:
     """Solve `problem` with the solver called `solver`.
+
+    A result without a bound of the solver's own gets the one on the objective of `solvers.bounds`.
 
     The first Ctrl-C asks the solver to return the best placement that it has; the second raises
     KeyboardInterrupt. The placement is checked and its figures recomputed by `solvers.check`.
@@ -71,6 +73,8 @@ def _result(problem: Problem, solution: Solution, solver: str, seed: int, second
         1 + TOLERANCE
     )
     bound, bound_of = solution.lower_bound, solution.bound_of
+    if bound is None:
+        bound, bound_of = bounds.lower_bound(problem), "objective"
     bounded = value if bound_of == "objective" else parts[bound_of]
     status: Status = "feasible" if within_cap else "infeasible"
     gap: float | None = None
