@@ -29,8 +29,9 @@ class Bookkeeper:
         generate: the generate() call that is running, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_encoder: bool = False) -> None:
         self.labels: dict[int, str] = {}
+        self._is_encoder = is_encoder  # it sees whole prompts, whatever generate() does
         self.generate: GenerateCall | None = None
         self._by_cache: weakref.WeakKeyDictionary[Any, Sequences] = weakref.WeakKeyDictionary()
         self._last: Sequences | None = None
@@ -97,7 +98,7 @@ class Bookkeeper:
             found.valid = valid_columns(inputs.mask, past, inputs.num_rows, num_columns)
         if told.requests is None or told.positions is None:
             self._follow(found, known, inputs)
-        if self.generate is not None:
+        if self.generate is not None and not self._is_encoder:
             found.num_prompt_columns = self.generate.num_prompt_columns
             found.stop_tokens = self.generate.stop_tokens
             if found.stop_tokens and past + num_columns > self.generate.num_prompt_columns:
@@ -131,7 +132,7 @@ class Bookkeeper:
     def _follow(self, found: Pass, known: Sequences | None, inputs: Inputs) -> None:
         """Find the rows that go on, or start new ones."""
         assert found.num_rows is not None
-        call = self.generate
+        call = None if self._is_encoder else self.generate
         is_recomputed = call is not None and call.sequences is not None and found.past == 0
         if is_recomputed and call is not None:  # generate(use_cache=False) runs all of it again
             known = call.sequences

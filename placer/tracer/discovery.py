@@ -31,6 +31,7 @@ class Discovery:
 
     Attributes:
         watch: the hooks; put on by `attach`.
+        is_encoder: whether the experts of an encoder beside a decoder are traced.
     """
 
     def __init__(
@@ -52,11 +53,13 @@ class Discovery:
         self._left_out: list[Group] = []
         if experts is None and not self._stacks:
             raise _nothing_found(model)
+        self.is_encoder = False
         config = getattr(model, "config", None)
         self._has_encoder = bool(getattr(config, "is_encoder_decoder", False))
         if self._has_encoder and self._stacks:
             chosen, self._left_out = choose_group([s.name for s in self._stacks], routers)
             self._stacks = [stack for stack in self._stacks if stack.name in chosen.names]
+            self.is_encoder = chosen.in_encoder
 
     @property
     def names(self) -> list[str]:

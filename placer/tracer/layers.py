@@ -30,6 +30,10 @@ class Group:
         """Whether these experts are part of an attention (mixture-of-attention heads)."""
         return bool(_ATTENTION.search(self.names[0][len(self.prefix) :]))
 
+    @property
+    def in_encoder(self) -> bool:
+        return "encoder" in self.prefix.split(".")
+
     def __str__(self) -> str:
         first, last = self.names[0], self.names[-1]
         return first if len(self.names) == 1 else f"{first} ... {last} ({len(self.names)} layers)"
@@ -79,9 +83,8 @@ def choose_group(names: Sequence[str], routers: str | None) -> tuple[Group, list
             f"no experts that were called are at a path with {routers!r} in it",
             "there are: " + "; ".join(map(str, group_sites(names))),
         )
-    for is_unwanted in (lambda g: g.in_attention, lambda g: "encoder" in g.prefix.split(".")):
-        if len(wanted) > 1:
-            wanted = [group for group in wanted if not is_unwanted(group)] or wanted
+    wanted = _rather([group for group in wanted if not group.in_attention], wanted)
+    wanted = _rather([group for group in wanted if not group.in_encoder], wanted)
     if len(wanted) > 1:
         raise UsageError(
             f"the model has {len(wanted)} sets of experts: " + "; ".join(map(str, wanted)),
@@ -89,6 +92,10 @@ def choose_group(names: Sequence[str], routers: str | None) -> tuple[Group, list
         )
     chosen = wanted[0]
     return chosen, group_sites([name for name in names if name not in set(chosen.names)])
+
+
+def _rather(some: list[Group], all_of_them: list[Group]) -> list[Group]:
+    return some or all_of_them
 
 
 def _split(name: str) -> tuple[str, int, str]:

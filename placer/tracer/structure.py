@@ -110,12 +110,13 @@ def _num_stacked(module: nn.Module) -> int:
 
 def _num_listed(module: nn.Module) -> int:
     """E when the module is a list or dictionary of E modules of like type and shapes."""
-    if not isinstance(module, nn.ModuleList | nn.ModuleDict) or len(module) < 2:
+    if not isinstance(module, nn.ModuleList | nn.ModuleDict):
         return 0
-    children = list(module.children())
+    children = [child for child in module.children() if next(child.parameters(), None) is not None]
     shapes = [[tuple(p.shape) for p in child.parameters()] for child in children]
-    like = all(type(child) is type(children[0]) for child in children[1:])
-    return len(children) if like and shapes[0] and all(s == shapes[0] for s in shapes) else 0
+    is_like = all(type(child) is type(children[0]) for child in children[1:])
+    is_stack = len(children) >= 2 and is_like and all(s == shapes[0] for s in shapes)
+    return len(children) if is_stack else 0
 
 
 def _num_counted(module: nn.Module) -> int:

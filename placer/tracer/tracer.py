@@ -114,10 +114,9 @@ class Tracer:
         self._weights = weights
         self._force = force
         self._source = source or {}
-        self._discovery: Discovery | None = Discovery(
-            model, routers=routers, experts=experts, num_experts=num_experts
-        )
-        self._books = Bookkeeper()
+        discovery = Discovery(model, routers=routers, experts=experts, num_experts=num_experts)
+        self._discovery: Discovery | None = discovery
+        self._books = Bookkeeper(is_encoder=discovery.is_encoder)
         self._hooks: SiteHooks | None = None
         self._sink: Sink | None = None
         self._assembly: Assembly | None = None
