@@ -110,7 +110,7 @@ class BatchLoads:
         utilization = np.concatenate([np.zeros((NUM_GROUPS + 1, 0)), *self._utilization], axis=1)
         return BatchFigures(
             how,
-            imbalance.shape[1],
+            int(np.isfinite(imbalance[0]).sum()),
             imbalance,
             utilization,
             self._excess,
@@ -143,24 +143,43 @@ class BatchLoads:
 
     def _reduce(self, loads: NDArray[np.int32]) -> None:
         """Take the figures of batches with these loads [n, J, L, G]."""
-        self._group_used |= loads.any(axis=(0, 2, 3))
+        present = loads.any(axis=(2, 3))
+        self._group_used |= present.any(axis=0)
         total = loads.sum(axis=1)
-        rows = []
-        for row in range(NUM_GROUPS + 1):
-            kept = total if row == 0 else total - loads[:, row - 1]
-            mean = kept.mean(axis=2)
-            peak = kept.max(axis=2)
-            loaded = peak > 0
-            enough = 2 * kept.sum(axis=(1, 2)) >= total.sum(axis=(1, 2))
-            counted = loaded & enough[:, None]
-            ratio = np.divide(peak, mean, out=np.zeros_like(mean), where=loaded)
-            num_loaded = loaded.sum(axis=1)
-            valid = enough & (num_loaded > 0)
-            imbalance = np.full(loads.shape[0], np.nan)
-            np.divide(ratio.sum(axis=1), num_loaded, out=imbalance, where=valid)
-            utilization = ((mean + _SGLANG_EPSILON) / (peak + _SGLANG_EPSILON)).mean(axis=1)
-            rows.append((imbalance, np.where(valid, utilization, np.nan)))
-            self._excess[row] += np.where(counted, ratio - 1, 0).sum(axis=0)
-            self._loaded[row] += counted.sum(axis=0)
-        self._imbalance.append(np.stack([imbalance for imbalance, _ in rows]))
-        self._utilization.append(np.stack([utilization for _, utilization in rows]))
+        pairs = total.sum(axis=(1, 2))
+        whole = _figures(total, pairs)
+        rows = [whole]
+        for group in range(NUM_GROUPS):
+            row = whole
+            changed = np.flatnonzero(present[:, group])
+            if changed.size:
+                row = tuple(figure.copy() for figure in whole)
+                kept = _figures(total[changed] - loads[changed, group], pairs[changed])
+                for figure, new in zip(row, kept, strict=True):
+                    figure[changed] = new
+            rows.append(row)
+        imbalance, utilization, excess, loaded = zip(*rows, strict=True)
+        self._imbalance.append(np.stack(imbalance))
+        self._utilization.append(np.stack(utilization))
+        self._excess += np.stack([figure.sum(axis=0) for figure in excess])
+        self._loaded += np.stack([figure.sum(axis=0) for figure in loaded])
+
+
+def _figures(
+    loads: NDArray[np.int32], all_pairs: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], ...]:
+    """Imbalance [n], utilization [n], max / mean - 1 [n, L] and whether there is load [n, L].
+
+    Of loads [n, L, G]; nothing counts where less than half of a batch's `all_pairs` [n] is left.
+    """
+    mean = loads.mean(axis=2)
+    peak = loads.max(axis=2)
+    left = loads.sum(axis=(1, 2))
+    enough: NDArray[np.bool_] = np.logical_and(2 * left >= all_pairs, left > 0)
+    loaded = np.logical_and(peak > 0, enough.reshape(-1, 1))
+    ratio = np.divide(peak, mean, out=np.zeros_like(mean), where=loaded)
+    imbalance = np.full(loads.shape[0], np.nan)
+    np.divide(ratio.sum(axis=1), loaded.sum(axis=1), out=imbalance, where=enough)
+    utilization = ((mean + _SGLANG_EPSILON) / (peak + _SGLANG_EPSILON)).mean(axis=1)
+    excess = np.where(loaded, ratio - 1, 0.0)
+    return imbalance, np.where(enough, utilization, np.nan), excess, loaded.astype(np.float64)

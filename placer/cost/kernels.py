@@ -33,7 +33,7 @@ _TRANSITIONS = 10
 _CROSS_RANK_PER_TOKEN = 11
 _CROSS_NODE_PER_TOKEN = 12
 
-_njit: Any = njit(nogil=True, cache=True)
+_njit: Any = njit(nogil=True, cache=True, error_model="numpy")
 
 
 @_njit
@@ -180,19 +180,22 @@ def count(
     """
     num_tokens, num_layers, top_k = served.shape
     num_ranks = loads.shape[2]
+    num_nodes = num_ranks // ranks_per_node
+    node_of = np.arange(num_ranks) // ranks_per_node
     has_weights = weights.shape[0] > 0
     # Row l % 2 belongs to layer l: an entry is valid where the stamp is the layer's.
     seen = np.zeros((2, num_ranks), np.int64)
     times = np.zeros((2, num_ranks), np.int64)
-    seen_node = np.zeros((2, num_ranks // ranks_per_node), np.int64)
-    times_node = np.zeros((2, num_ranks // ranks_per_node), np.int64)
+    seen_node = np.zeros((2, num_nodes), np.int64)
+    times_node = np.zeros((2, num_nodes), np.int64)
     stamp = 1
     for t in range(num_tokens):
         stamp += 1
         alltoall_home = home[t]
         coherent_home = home[t]
-        alltoall_node = alltoall_home // ranks_per_node
-        coherent_node = alltoall_node
+        row = sums[block[t]]
+        block_loads = loads[block[t]]
+        group_loads = batch_loads[batch[t], group[t]]
         previous_k = 0
         span = 0
         messages = 0
@@ -208,21 +211,19 @@ def count(
         cross_node_weighted = 0.0
         for l in range(num_layers):  # noqa: E741
             stamp += 1
-            now = l % 2
+            now = l & 1
             before = 1 - now
             used_k = 0
             primary = -1
             num_here = 0
-            num_nodes_here = 0
             same = 0
-            same_node = 0
             for k in range(top_k):
                 g = served[t, l, k]
                 if g < 0:
                     continue
                 used_k += 1
-                loads[block[t], l, g] += 1
-                batch_loads[batch[t], group[t], l, g] += 1
+                block_loads[l, g] += 1
+                group_loads[l, g] += 1
                 if primary < 0 or (has_weights and weights[t, l, k] > weights[t, l, primary]):
                     primary = k
                 if seen[now, g] != stamp:
@@ -230,35 +231,44 @@ def count(
                     times[now, g] = 0
                     num_here += 1
                 times[now, g] += 1
-                n = g // ranks_per_node
-                if seen_node[now, n] != stamp:
-                    seen_node[now, n] = stamp
-                    times_node[now, n] = 0
-                    num_nodes_here += 1
-                times_node[now, n] += 1
                 if seen[before, g] == stamp - 1:
                     same += times[before, g]
-                if seen_node[before, n] == stamp - 1:
-                    same_node += times_node[before, n]
-            if used_k > 0:
-                span += num_here
-                messages += num_here - (seen[now, alltoall_home] == stamp)
-                coherent += 2 * num_here - 1 - (seen[now, coherent_home] == stamp)
-                node_span += num_nodes_here
-                node_messages += num_nodes_here - (seen_node[now, alltoall_node] == stamp)
-                node_coherent += 2 * num_nodes_here - 1 - (seen_node[now, coherent_node] == stamp)
-                coherent_home = served[t, l, primary]
-                coherent_node = coherent_home // ranks_per_node
-                if previous_k > 0:
-                    both = used_k * previous_k
-                    pairs += both
-                    cross += both - same
-                    cross_node += both - same_node
-                    transitions += 1
-                    cross_weighted += (both - same) / both
-                    cross_node_weighted += (both - same_node) / both
+            if used_k == 0:
+                previous_k = 0
+                continue
+            num_nodes_here = 1
+            same_node = used_k * previous_k
+            if num_nodes > 1:
+                num_nodes_here = 0
+                same_node = 0
+                for k in range(top_k):
+                    if served[t, l, k] < 0:
+                        continue
+                    n = node_of[served[t, l, k]]
+                    if seen_node[now, n] != stamp:
+                        seen_node[now, n] = stamp
+                        times_node[now, n] = 0
+                        num_nodes_here += 1
+                    times_node[now, n] += 1
+                    if seen_node[before, n] == stamp - 1:
+                        same_node += times_node[before, n]
+                node_messages += num_nodes_here - (seen_node[now, node_of[alltoall_home]] == stamp)
+                at_home = seen_node[now, node_of[coherent_home]] == stamp
+                node_coherent += 2 * num_nodes_here - 1 - at_home
+            span += num_here
+            node_span += num_nodes_here
+            messages += num_here - (seen[now, alltoall_home] == stamp)
+            coherent += 2 * num_here - 1 - (seen[now, coherent_home] == stamp)
+            coherent_home = served[t, l, primary]
+            if previous_k > 0:
+                both = used_k * previous_k
+                pairs += both
+                cross += both - same
+                cross_node += both - same_node
+                transitions += 1
+                cross_weighted += (both - same) / both
+                cross_node_weighted += (both - same_node) / both
             previous_k = used_k
-        row = sums[block[t]]
         row[_TOKEN_LAYERS] += num_layers
         row[_SPAN] += span
         row[_MESSAGES_ALLTOALL] += messages
