@@ -24,7 +24,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -41,6 +41,8 @@ BALANCE_PRICE = 100.0
 COHERENT_ROUNDS = 6
 COHERENT_SWEEPS = 24
 REFINE_STARTS = 2
+# A proposal with replicas costs several times one without; fewer tokens do.
+REPLICA_TOKENS = 16384
 
 Words = NDArray[np.uint64]
 Slots = NDArray[np.int64]
@@ -114,6 +116,13 @@ def _prepare(problem: Problem) -> Layers:
         return Layers(problem, [none] * problem.num_layers, [none] * problem.num_layers, 0)
     tokens = problem.tokens
     primary = tokens[:, :, 0] if problem.primary is None else problem.primary
+    if problem.num_slots > num_experts and problem.dispatch == "alltoall":
+        stride = -(-tokens.shape[0] // REPLICA_TOKENS)
+        home = None if problem.home is None else problem.home[::stride]
+        problem = replace(
+            problem, tokens=tokens[::stride], primary=primary[::stride], home=home, batch=None
+        )
+        tokens, primary = tokens[::stride], primary[::stride]
     bits = [
         pack_bits(np.ascontiguousarray(tokens[:, layer], dtype=np.int64), num_experts)
         for layer in range(problem.num_layers)
@@ -204,6 +213,47 @@ def _anneal(
     return result
 
 
+def _anneal_replicas(
+    layers: Layers, layer: int, slots: Slots, *, price: float, proposals: int, seed: Sequence[int]
+) -> Slots:
+    """A copy of `slots`, annealed with its redundant slots filled."""
+    from solvers.anneal_replicas import anneal_layer_replicas
+
+    problem = layers.problem
+    bits, relative = layers.bits[layer], layers.relative[layer]
+    num_experts = problem.num_experts
+    tokens = np.bitwise_count(bits[:num_experts]).sum(axis=1, dtype=np.int64)
+    # an expert is drawn in proportion to its load, and once more
+    draws = 1 + np.round(8 * relative[:num_experts] * num_experts / problem.num_ranks)
+    hot = np.repeat(np.arange(num_experts), draws.astype(np.int64))
+    result = slots.copy()
+    heat = layers.heat + 0.02 * price * problem.num_ranks / num_experts
+    anneal_layer_replicas(
+        bits, relative, tokens, hot, result, layers.groups, layers.weights, layers.token_price,
+        price, 0.05 * price, heat, (1 / 200) ** (1.0 / proposals), proposals,
+        int(np.random.SeedSequence(list(seed)).generate_state(1)[0]), np.zeros(2),
+    )  # fmt: skip
+    return result
+
+
+def _served(layers: Layers, layer: int, slots: Slots) -> Candidate:
+    """What a layer with replicas costs when each token chooses its copies, as in a replay."""
+    from solvers.anneal_replicas import serve_layer
+
+    problem = layers.problem
+    assert problem.tokens is not None
+    home = problem.home
+    if home is None:
+        home = np.arange(layers.num_tokens) % problem.num_ranks
+    load = np.zeros(problem.num_ranks)
+    messages, node_messages = serve_layer(
+        np.ascontiguousarray(problem.tokens[:, layer]), slots, problem.num_experts,
+        problem.num_ranks, problem.num_nodes, home, load,
+    )  # fmt: skip
+    traffic = (messages + problem.node_weight * node_messages) * layers.token_price
+    return Candidate(slots, traffic, float(load.max() / load.mean()) if load.any() else 1.0)
+
+
 def choose(
     pools: Sequence[Sequence[Candidate]], cap: float | None
 ) -> tuple[list[Candidate], float]:
@@ -270,10 +320,13 @@ def _proposals(problem: Problem) -> int:
 def _separable(layers: Layers, seed: int, budget: Budget, price: float | None) -> list[Slots]:
     """Solve layer by layer: `price` fixed, or found by the cap."""
     problem = layers.problem
+    replicate = problem.num_slots > problem.num_experts and layers.num_tokens > 0
     start = _spread(problem)
     pools: list[list[Candidate]] = [[] for _ in range(problem.num_layers)]
 
     def candidate(layer: int, slots: Slots) -> Candidate:
+        if replicate:
+            return _served(layers, layer, slots)
         return Candidate(slots, _span(layers, layer, slots), _imbalance(problem, layer, slots))
 
     def run(job: tuple[int, float, int, int, Slots]) -> tuple[int, Candidate] | None:
@@ -281,12 +334,13 @@ def _separable(layers: Layers, seed: int, budget: Budget, price: float | None) -
         if budget.expired():
             return None
         key = (seed, layer, start_number, int(mu * 1000))
-        slots = _anneal(layers, layer, slots, price=mu, proposals=proposals, seed=key)
+        anneal = _anneal_replicas if replicate else _anneal
+        slots = anneal(layers, layer, slots, price=mu, proposals=proposals, seed=key)
         return layer, candidate(layer, slots)
 
     for layer in range(problem.num_layers):
         pools[layer].append(candidate(layer, start))
-    long = _proposals(problem)
+    long = _proposals(problem) // (2 if replicate else 1)
     ladder = LADDER if price is None else (price,)
     cap = problem.max_imbalance
     with ThreadPoolExecutor(os.cpu_count()) as executor:
@@ -440,9 +494,13 @@ def _coherent(layers: Layers, seed: int, budget: Budget, price: float | None) ->
     return min(kept, key=lambda v: v[0])[3] if kept else min(visited, key=lambda v: v[1])[3]
 
 
-@register("local_search", source="placer")
+@register("local_search", source="placer", replicates=True)
 def local_search(problem: Problem, seed: int, budget: Budget) -> Solution:
-    """Anneals traffic and load together on exact token bitsets, under a cap on imbalance."""
+    """Anneals traffic, load and replicas together on exact token bitsets, under a cap on imbalance.
+
+    Redundant slots are filled with replicas under alltoall dispatch (`solvers.anneal_replicas`);
+    under coherent dispatch they only let ranks hold unequal numbers of experts.
+    """
     layers = _prepare(problem)
     price: float | None = None
     if problem.objective == "balance" or layers.num_tokens == 0:

@@ -1,0 +1,474 @@
+"""Kernels: simulated annealing of one layer with redundant slots, on token bitsets.
+
+An expert with one copy is served there. A token that uses an expert with several copies is served
+at home if a copy is there, else on a rank that it uses anyway for a single-copy expert, else on the
+least loaded copy. So an expert with C copies costs no message for tokens that some copy's rank
+covers, and one message for the share 1 - C / G of the others; what is free to go to any copy fills
+the least loaded ranks. Where copies go, and which tokens they serve, is thus priced together.
+(That two replicated experts of one token may share a rank is left out: the price is an upper one.)
+
+A proposal recomputes the rows of the ranks that it touches and the experts with copies there:
+O(slots_per_rank * T / 64).
+
+Shape letters: E experts, G ranks, S slots, T tokens, W = ceil(T / 64) words, C copies.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from solvers.anneal import below, next_random, popcount, uniform
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def cover_single(bits: Any, slots: Any, copies: Any, first: int, last: int, once: Any) -> Any:
+    """Fill once [W]: tokens with a single-copy expert in slots first..last - 1; how many."""
+    count = np.int64(0)
+    for w in range(once.size):
+        once[w] = 0
+    for slot in range(first, last):
+        expert = slots[slot]
+        if expert >= 0 and copies[expert] == 1:
+            for w in range(once.size):
+                once[w] |= bits[expert, w]
+    for w in range(once.size):
+        count += np.int64(popcount(once[w]))
+    return count
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def measure_expert(
+    bits: Any, expert: int, where: Any, copies: Any, once: Any, base: int, shrink: int,
+    exclusive: Any, scratch: Any,
+) -> Any:  # fmt: skip
+    """Tokens of a replicated expert that no copy's group covers.
+
+    Args:
+        where: [E, C] ranks of each expert's copies; shrink: ranks per group at this level;
+            base: first row of the level in `once`.
+        exclusive: [E, C] filled, when shrink is 1, with the tokens that only this copy covers.
+        scratch: [2, W] uint64.
+    """
+    words = once.shape[1]
+    num_copies = copies[expert]
+    for w in range(words):
+        scratch[0, w] = 0  # covered by one or more
+        scratch[1, w] = 0  # by two or more
+    for i in range(num_copies):
+        row = base + where[expert, i] // shrink
+        for w in range(words):
+            scratch[1, w] |= scratch[0, w] & once[row, w]
+            scratch[0, w] |= once[row, w]
+    uncovered = np.int64(0)
+    for w in range(words):
+        uncovered += np.int64(popcount(bits[expert, w] & ~scratch[0, w]))
+    if shrink == 1:
+        for i in range(num_copies):
+            row = base + where[expert, i]
+            only = np.int64(0)
+            for w in range(words):
+                only += np.int64(popcount(bits[expert, w] & once[row, w] & ~scratch[1, w]))
+            exclusive[expert, i] = only
+    return uncovered
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def fill_load(
+    relative: Any, tokens: Any, copies: Any, where: Any, exclusive: Any, rank_load: Any
+) -> Any:
+    """Fill rank_load [G] in units of the mean; give back its maximum (see the module)."""
+    num_ranks = rank_load.size
+    for rank in range(num_ranks):
+        rank_load[rank] = 0.0
+    for expert in range(copies.size):
+        if copies[expert] == 1:
+            rank_load[where[expert, 0]] += relative[expert]
+    for expert in range(copies.size):
+        count = copies[expert]
+        if count < 2:
+            continue
+        away = 1.0 - count / num_ranks
+        bound = 0.0
+        for i in range(count):
+            share = exclusive[expert, i] / max(tokens[expert], 1)
+            bound += share
+            rank_load[where[expert, i]] += relative[expert] * (away * share + 1.0 / num_ranks)
+        free = relative[expert] * away * max(0.0, 1.0 - bound)
+        # water-filling: raise the least loaded copies to one level
+        for _ in range(count):
+            low = 1e300
+            second = 1e300
+            at_low = 0
+            for i in range(count):
+                value = rank_load[where[expert, i]]
+                if value < low - 1e-12:
+                    second = low
+                    low = value
+                    at_low = 1
+                elif value <= low + 1e-12:
+                    at_low += 1
+                elif value < second:
+                    second = value
+            rise = min(free / at_low, second - low)
+            for i in range(count):
+                if rank_load[where[expert, i]] <= low + 1e-12:
+                    rank_load[where[expert, i]] += rise
+            free -= rise * at_low
+            if free <= 1e-12:
+                break
+    peak = 0.0
+    for rank in range(num_ranks):
+        peak = max(peak, rank_load[rank])
+    return peak
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def anneal_layer_replicas(
+    bits: Any,
+    relative: Any,
+    tokens: Any,
+    hot: Any,
+    slots: Any,
+    groups: Any,
+    weights: Any,
+    token_price: float,
+    price: float,
+    square_price: float,
+    temperature: float,
+    cooling: float,
+    proposals: int,
+    seed: int,
+    result: Any,
+) -> Any:
+    """Anneal the slots of one layer in place; leave the best state in `slots`.
+
+    Moves: swap two slots of different ranks; give a redundant or empty slot to another expert.
+
+    Args:
+        bits: [E + 1, W] uint64 tokens of each expert.
+        relative: [E + 1] float64 load of each expert in units of the mean rank load.
+        tokens: [E] int64 tokens of each expert in `bits`.
+        hot: [H] int64 experts to draw replicas from, hotter ones more often.
+        slots: [S] int64 expert of each slot, -1 = empty; changed in place.
+        groups, weights: [levels] as in `solvers.anneal.anneal_layer`.
+        token_price, price, square_price, temperature, cooling, proposals, seed: likewise.
+        result: [2] float64, filled with traffic (messages of a token, in units of 1 - 1 / G) and
+            max / mean rank load of the best state.
+
+    Returns:
+        The best cost that was seen.
+    """
+    num_slots = slots.size
+    num_ranks = groups[0]
+    width = num_slots // num_ranks
+    num_experts = bits.shape[0] - 1
+    words = bits.shape[1]
+    levels = groups.size
+    num_rows = 0
+    for level in range(levels):
+        num_rows += groups[level]
+    most = min(num_ranks, num_slots - num_experts + 1)
+    copies = np.zeros(num_experts, np.int64)
+    where = np.zeros((num_experts, most + 1), np.int64)
+    exclusive = np.zeros((num_experts, most + 1), np.int64)
+    for slot in range(num_slots):
+        expert = slots[slot]
+        if expert >= 0:
+            where[expert, copies[expert]] = slot // width
+            copies[expert] += 1
+    once = np.zeros((num_rows, words), np.uint64)
+    old_once = np.zeros((num_rows, words), np.uint64)
+    scratch = np.zeros((2, words), np.uint64)
+    row_count = np.zeros(num_rows, np.int64)
+    old_count = np.zeros(num_rows, np.int64)
+    uncovered = np.zeros((levels, num_experts), np.int64)
+    old_uncovered = np.zeros((levels, num_experts), np.int64)
+    rank_load = np.zeros(num_ranks, np.float64)
+    touched = np.zeros(num_ranks, np.bool_)
+    stale = np.zeros(num_experts, np.bool_)
+    best_slots = np.zeros(num_slots, np.int64)
+    state = np.zeros(1, np.uint64)
+    state[0] = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x2545F4914F6CDD1D)
+    for _ in range(4):
+        next_random(state)
+    cost = 0.0
+    best = 1e300
+    for step in range(proposals + 1):
+        first_time = step == 0
+        slot_a = -1
+        slot_b = -1
+        old_a = np.int64(-1)
+        old_b = np.int64(-1)
+        for rank in range(num_ranks):
+            touched[rank] = first_time
+        for expert in range(num_experts):
+            stale[expert] = False
+        if not first_time:
+            temperature *= cooling
+            slot_a = below(state, num_slots)
+            old_a = slots[slot_a]
+            rank_a = slot_a // width
+            redundant = old_a < 0 or copies[old_a] > 1
+            if redundant and below(state, 2) == 0:
+                expert = hot[below(state, hot.size)]
+                present = False
+                for i in range(copies[expert]):
+                    present = present or where[expert, i] == rank_a
+                if present or copies[expert] >= most:
+                    continue
+                if old_a >= 0:
+                    remove_copy(where, copies, old_a, rank_a)
+                    if copies[old_a] == 1:
+                        touched[where[old_a, 0]] = True
+                    stale[old_a] = True
+                if copies[expert] == 1:
+                    touched[where[expert, 0]] = True
+                where[expert, copies[expert]] = rank_a
+                copies[expert] += 1
+                stale[expert] = True
+                slots[slot_a] = expert
+            else:
+                slot_b = below(state, num_slots)
+                old_b = slots[slot_b]
+                rank_b = slot_b // width
+                if rank_a == rank_b or old_a == old_b:
+                    continue
+                present = False
+                if old_a >= 0:
+                    for i in range(copies[old_a]):
+                        present = present or where[old_a, i] == rank_b
+                if old_b >= 0:
+                    for i in range(copies[old_b]):
+                        present = present or where[old_b, i] == rank_a
+                if present:
+                    continue
+                if old_a >= 0:
+                    move_copy(where, copies, old_a, rank_a, rank_b)
+                    stale[old_a] = True
+                    touched[rank_a] = touched[rank_a] or copies[old_a] == 1
+                    touched[rank_b] = touched[rank_b] or copies[old_a] == 1
+                if old_b >= 0:
+                    move_copy(where, copies, old_b, rank_b, rank_a)
+                    stale[old_b] = True
+                    touched[rank_a] = touched[rank_a] or copies[old_b] == 1
+                    touched[rank_b] = touched[rank_b] or copies[old_b] == 1
+                slots[slot_a] = old_b
+                slots[slot_b] = old_a
+        # recompute what the move touched, keeping the old values
+        for rank in range(num_ranks):
+            if not touched[rank]:
+                continue
+            for slot in range(rank * width, (rank + 1) * width):
+                if slots[slot] >= 0:
+                    stale[slots[slot]] = True
+        base = 0
+        for level in range(levels):
+            shrink = num_ranks // groups[level]
+            size = num_slots // groups[level]
+            for group in range(groups[level]):
+                hit = False
+                for rank in range(group * shrink, (group + 1) * shrink):
+                    hit = hit or touched[rank]
+                if not hit:
+                    continue
+                row = base + group
+                old_count[row] = row_count[row]
+                for w in range(words):
+                    old_once[row, w] = once[row, w]
+                row_count[row] = cover_single(
+                    bits, slots, copies, group * size, (group + 1) * size, once[row]
+                )
+                if level > 0:  # an expert is stale when its node changed
+                    for slot in range(group * size, (group + 1) * size):
+                        if slots[slot] >= 0:
+                            stale[slots[slot]] = True
+            base += groups[level]
+        base = 0
+        traffic = 0.0
+        for level in range(levels):
+            shrink = num_ranks // groups[level]
+            total = 0.0
+            for group in range(groups[level]):
+                total += row_count[base + group]
+            for expert in range(num_experts):
+                if stale[expert]:
+                    old_uncovered[level, expert] = uncovered[level, expert]
+                    if copies[expert] > 1:
+                        uncovered[level, expert] = measure_expert(
+                            bits, expert, where, copies, once, base, shrink, exclusive, scratch
+                        )
+                if copies[expert] > 1:
+                    here = copies[expert]
+                    if level > 0:
+                        here = distinct_groups(where, copies, expert, shrink)
+                    away = (1.0 - here / groups[level]) / (1.0 - 1.0 / groups[level])
+                    total += away * uncovered[level, expert]
+            traffic += weights[level] * total
+            base += groups[level]
+        peak = fill_load(relative, tokens, copies, where, exclusive, rank_load)
+        squares = 0.0
+        for rank in range(num_ranks):
+            squares += rank_load[rank] * rank_load[rank] / num_ranks
+        new_cost = token_price * traffic + price * peak + square_price * squares
+        if first_time or new_cost - cost <= -temperature * np.log(uniform(state) + 1e-300):
+            cost = new_cost
+            if cost < best - 1e-12:
+                best = cost
+                result[0] = token_price * traffic
+                result[1] = peak
+                for slot in range(num_slots):
+                    best_slots[slot] = slots[slot]
+            continue
+        # undo
+        if slot_b >= 0:
+            slots[slot_a] = old_a
+            slots[slot_b] = old_b
+            rank_a = slot_a // width
+            rank_b = slot_b // width
+            if old_a >= 0:
+                move_copy(where, copies, old_a, rank_b, rank_a)
+            if old_b >= 0:
+                move_copy(where, copies, old_b, rank_a, rank_b)
+        else:
+            rank_a = slot_a // width
+            remove_copy(where, copies, slots[slot_a], rank_a)
+            slots[slot_a] = old_a
+            if old_a >= 0:
+                where[old_a, copies[old_a]] = rank_a
+                copies[old_a] += 1
+        base = 0
+        for level in range(levels):
+            shrink = num_ranks // groups[level]
+            for group in range(groups[level]):
+                hit = False
+                for rank in range(group * shrink, (group + 1) * shrink):
+                    hit = hit or touched[rank]
+                if hit:
+                    row = base + group
+                    row_count[row] = old_count[row]
+                    for w in range(words):
+                        once[row, w] = old_once[row, w]
+            for expert in range(num_experts):
+                if stale[expert]:
+                    uncovered[level, expert] = old_uncovered[level, expert]
+            base += groups[level]
+        for expert in range(num_experts):
+            # the order of copies may have changed: measure again
+            if stale[expert] and copies[expert] > 1:
+                measure_expert(bits, expert, where, copies, once, 0, 1, exclusive, scratch)
+    for slot in range(num_slots):
+        slots[slot] = best_slots[slot]
+    return best
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def distinct_groups(where: Any, copies: Any, expert: int, shrink: int) -> Any:
+    """How many groups of `shrink` ranks hold a copy."""
+    count = 0
+    for i in range(copies[expert]):
+        fresh = True
+        for j in range(i):
+            fresh = fresh and where[expert, i] // shrink != where[expert, j] // shrink
+        if fresh:
+            count += 1
+    return count
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def remove_copy(where: Any, copies: Any, expert: int, rank: int) -> None:
+    """Forget the copy on `rank`; the last one takes its place in the list."""
+    last = copies[expert] - 1
+    for i in range(last + 1):
+        if where[expert, i] == rank:
+            where[expert, i] = where[expert, last]
+            break
+    copies[expert] = last
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def move_copy(where: Any, copies: Any, expert: int, source: int, target: int) -> None:
+    """The copy on rank `source` is now on `target`."""
+    for i in range(copies[expert]):
+        if where[expert, i] == source:
+            where[expert, i] = target
+            return
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def serve_layer(
+    experts: Any, slots: Any, num_experts: int, num_ranks: int, num_nodes: int, home: Any, load: Any
+) -> Any:
+    """Serve every token of one layer by the replica policy `local` (docs/metrics.md), and count.
+
+    Args:
+        experts: [T, K] expert ids, -1 = unused.
+        slots: [S] expert of each slot.
+        home: [T] home rank of each token.
+        load: [G] float64, filled with the pairs that each rank serves.
+
+    Returns:
+        Messages and node messages, summed over tokens.
+    """
+    width = slots.size // num_ranks
+    ranks_per_node = num_ranks // num_nodes
+    copies = np.zeros(num_experts, np.int64)
+    where = np.zeros((num_experts, num_ranks), np.int64)
+    for slot in range(slots.size):
+        expert = slots[slot]
+        if expert >= 0:
+            where[expert, copies[expert]] = slot // width
+            copies[expert] += 1
+    for rank in range(num_ranks):
+        load[rank] = 0.0
+    used = np.zeros(num_ranks, np.int64)
+    used_node = np.zeros(num_nodes, np.int64)
+    waiting = np.zeros(experts.shape[1], np.bool_)
+    messages = np.int64(0)
+    node_messages = np.int64(0)
+    for token in range(experts.shape[0]):
+        stamp = token + 1
+        start = home[token]
+        for k in range(experts.shape[1]):
+            expert = experts[token, k]
+            waiting[k] = expert >= 0
+            if expert < 0:
+                continue
+            for i in range(copies[expert]):
+                rank = where[expert, i]
+                if rank == start or copies[expert] == 1:
+                    load[rank] += 1.0
+                    used[rank] = stamp
+                    used_node[rank // ranks_per_node] = stamp
+                    waiting[k] = False
+                    break
+        for k in range(experts.shape[1]):
+            if not waiting[k]:
+                continue
+            expert = experts[token, k]
+            best = np.int64(-1)
+            best_tier = 3
+            for i in range(copies[expert]):
+                rank = where[expert, i]
+                node = rank // ranks_per_node
+                if used[rank] == stamp:
+                    tier = 0
+                elif used_node[node] == stamp or node == start // ranks_per_node:
+                    tier = 1
+                else:
+                    tier = 2
+                if best < 0 or tier < best_tier or (tier == best_tier and load[rank] < load[best]):
+                    best = rank
+                    best_tier = tier
+            load[best] += 1.0
+            used[best] = stamp
+            used_node[best // ranks_per_node] = stamp
+        for rank in range(num_ranks):
+            if used[rank] == stamp and rank != start:
+                messages += 1
+        for node in range(num_nodes):
+            if used_node[node] == stamp and node != start // ranks_per_node:
+                node_messages += 1
+    return messages, node_messages
