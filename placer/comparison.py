@@ -44,6 +44,7 @@ def compare_solvers(
 
     Raises:
         UsageError: an unknown name.
+        PlacerError: every solver failed; the first one's error.
     """
     import solvers
 
@@ -63,6 +64,7 @@ def compare_solvers(
     )
     rows: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
+    first_error: PlacerError | None = None
     judged = {"requests": 0, "tokens": 0}
     for name in chosen:
         progress(f"solving with {name}")
@@ -71,6 +73,7 @@ def compare_solvers(
             result = run_solver(replace(problem, max_imbalance=cap), replace(settings, solver=name))
         except PlacerError as error:
             failed.append({"solver": name, "error": error.message})
+            first_error = first_error or error
             continue
         progress(f"judging {name}")
         evaluation = evaluate(
@@ -96,6 +99,8 @@ def compare_solvers(
                 "change": evaluation.changes["contiguous"],
             }
         )
+    if not rows and first_error is not None:
+        raise first_error
     return {
         "format": FORMAT,
         "schema_version": SCHEMA_VERSION,

@@ -81,6 +81,7 @@ def run_demo(output: Path, *, seed: int, force: bool, progress: Progress) -> Dem
     from placer.comparison import compare_solvers
     from placer.plan import write_plan
     from placer.planning import DEFAULT_MAX_IMBALANCE, Settings, make_plan, open_traces
+    from placer.report.tracing import tracing_document
     from placer.tracer import read_prompts, trace_model
 
     model, prompt_files = find_model(), demo_prompts()
@@ -108,7 +109,7 @@ def run_demo(output: Path, *, seed: int, force: bool, progress: Progress) -> Dem
     return Demo(
         trace=trace,
         plan=plan_path,
-        summary=summary.to_document(),
+        summary=tracing_document(summary),
         analysis=analysis,
         comparison=comparison,
         plan_document={"path": str(plan_path), **plan.to_document()},

@@ -25,6 +25,7 @@ class Evaluation:
         scope: "held-out", "unseen" (a trace that the plan was not fitted to) or "in-sample".
         requests, tokens: how many judged.
         dispatch, replica_policy: how the tokens were served.
+        home: where tokens enter: "recorded" in the trace, or "request" mod num_ranks.
         metrics: figure -> {value, low, high, unit}.
         baselines: name -> the same.
         changes: name -> figure -> {value, baseline, change, change_low, change_high}.
@@ -35,6 +36,7 @@ class Evaluation:
     tokens: int
     dispatch: Dispatch
     replica_policy: str
+    home: str
     metrics: dict[str, Any]
     baselines: dict[str, dict[str, Any]]
     changes: dict[str, dict[str, Any]]
@@ -50,6 +52,7 @@ class Evaluation:
             "tokens": self.tokens,
             "dispatch": self.dispatch,
             "replica_policy": self.replica_policy,
+            "home": self.home,
             "metrics": self.metrics,
             "baselines": self.baselines,
             "change": self.changes,
@@ -71,6 +74,9 @@ def evaluate(
     """Replay `judge` under the placement and under each baseline. See `placer.cost.replay`."""
     from placer.cost import compare, measure, replay
 
+    fewest = min(which.num_ranks for which in (placement, *baselines.values()))
+    recorded = homes_fit(judge, fewest)
+
     def run(which: Placement) -> Any:
         return replay(
             judge.chunks(),
@@ -78,6 +84,7 @@ def evaluate(
             dispatch=dispatch,
             replica_policy=replica_policy,
             batch_tokens=batch_tokens,
+            ignore_home=not recorded,
         )
 
     def figures(one: Any) -> dict[str, Any]:
@@ -91,10 +98,21 @@ def evaluate(
         tokens=ours.num_tokens,
         dispatch=dispatch,
         replica_policy=replica_policy,
+        home="recorded" if recorded else "request",
         metrics=figures(ours),
         baselines={name: figures(other) for name, other in theirs.items()},
         changes={
             name: compare(ours, other, num_resamples=num_resamples, seed=seed)
             for name, other in theirs.items()
         },
+    )
+
+
+def homes_fit(source: TraceSource, num_ranks: int) -> bool:
+    """Whether the trace records home ranks that exist among `num_ranks` ranks.
+
+    Homes of a deployment with more ranks say nothing about one with fewer: they are left aside.
+    """
+    return source.has_home and all(
+        int(part["home"].max(initial=0)) < num_ranks for part in source.token_columns(["home"])
     )

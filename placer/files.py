@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from placer.errors import BadFileError, UsageError
+from placer.errors import BadFileError, PlacerError, UsageError
 
 
 def refuse_overwrite(path: Path, force: bool) -> None:
@@ -19,26 +19,43 @@ def refuse_overwrite(path: Path, force: bool) -> None:
         raise UsageError(f"{path} exists already", "give another path, or --force to replace it")
 
 
+def check_output_file(path: Path, force: bool) -> None:
+    """Raise UsageError when no file can be put at `path`; to be called before the work."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder, expected the name of a file")
+    refuse_overwrite(path, force)
+    if not path.parent.is_dir():
+        raise UsageError(f"the folder {path.parent} does not exist", f"mkdir -p {path.parent}")
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path, *, force: bool = False) -> Iterator[Path]:
     """Give a temporary path beside `path`; rename it to `path` when the block succeeds.
 
     When the block raises, the temporary file is removed and `path` is as it was.
+
+    Raises:
+        UsageError: `path` exists and may not be replaced, or its folder does not exist.
+        PlacerError: the file system refuses: no space, no permission.
     """
-    refuse_overwrite(path, force)
-    if not path.parent.is_dir():
-        raise UsageError(f"the folder {path.parent} does not exist", f"mkdir -p {path.parent}")
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    check_output_file(path, force)
+    temporary: Path | None = None
     try:
+        handle, name = tempfile.mkstemp(
+            prefix=f".{path.name[:100]}.", suffix=path.suffix, dir=path.parent
+        )
+        os.close(handle)
+        temporary = Path(name)
         yield temporary
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
+    except OSError as error:
+        raise PlacerError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, document: Any, *, force: bool = False) -> None:
@@ -59,7 +76,8 @@ def read_json(path: Path, expected_format: str, newest_version: int) -> dict[str
         BadFileError: missing, not JSON, of another format, or of a newer version.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        document = json.loads(text, parse_constant=_refuse_constant)
     except FileNotFoundError:
         raise BadFileError(f"{path} does not exist") from None
     except IsADirectoryError:
@@ -71,8 +89,10 @@ def read_json(path: Path, expected_format: str, newest_version: int) -> dict[str
             f"{path} is not valid JSON: {error.msg} at line {error.lineno}",
             "was the file truncated? make it anew",
         ) from None
+    except (ValueError, RecursionError) as error:
+        raise BadFileError(f"{path} is not valid JSON: {error}") from None
     found = document.get("format") if isinstance(document, dict) else None
-    if found != expected_format:
+    if not isinstance(document, dict) or found != expected_format:
         raise BadFileError(f"{path} is not a {expected_format} file (its format says {found!r})")
     version = document.get("schema_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
@@ -83,3 +103,8 @@ def read_json(path: Path, expected_format: str, newest_version: int) -> dict[str
             "install a newer moe-placer",
         )
     return document
+
+
+def _refuse_constant(name: str) -> None:
+    """JSON knows no NaN and no infinity, whatever Python writes."""
+    raise ValueError(f"it holds {name}")

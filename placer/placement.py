@@ -64,6 +64,8 @@ class Placement:
             found.append(
                 f"{self.ranks_per_node} ranks per node do not divide {self.num_ranks} ranks"
             )
+        if table.shape[1] < self.num_experts:
+            return [*found, f"{table.shape[1]} slots cannot hold {self.num_experts} experts"]
         if table.min(initial=0) < -1 or table.max(initial=-1) >= self.num_experts:
             return [*found, f"expert ids must lie in -1..{self.num_experts - 1}"]
         for layer, row in enumerate(table):

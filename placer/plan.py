@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 
@@ -118,7 +118,7 @@ def plan_from_document(document: dict[str, Any], where: str) -> Plan:
         placement=placement,
         layer_ids=tuple(checked.layer_ids),
         model=ModelDims(**checked.model.model_dump()),
-        dispatch=cast(Dispatch, checked.dispatch),
+        dispatch=checked.dispatch,
         prediction=checked.prediction,
         certificate=checked.certificate,
         provenance=checked.provenance,

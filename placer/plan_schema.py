@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, StrictInt
 
-Count = Annotated[StrictInt, Field(ge=1)]
+MOST = 2**31 - 1
+Count = Annotated[StrictInt, Field(ge=1, le=MOST)]
 
 
 class ModelDocument(BaseModel):
@@ -15,9 +16,82 @@ class ModelDocument(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     name: str | None = None
-    hidden_size: Count | None = None
-    expert_bytes: Count | None = None
-    expert_flops_per_token: float | None = None
+    hidden_size: Annotated[StrictInt, Field(ge=1)] | None = None
+    expert_bytes: Annotated[StrictInt, Field(ge=1)] | None = None
+    expert_flops_per_token: Annotated[FiniteFloat, Field(gt=0)] | None = None
+
+
+class Figure(BaseModel):
+    """A figure with its interval."""
+
+    value: FiniteFloat | None
+    low: FiniteFloat | None
+    high: FiniteFloat | None
+
+
+class Change(BaseModel):
+    """A figure against a baseline's."""
+
+    change: FiniteFloat | None
+    change_low: FiniteFloat | None
+    change_high: FiniteFloat | None
+
+
+class PredictionDocument(BaseModel):
+    """What `placer evaluate` prints, as far as placer reads it back."""
+
+    format: Literal["placer.evaluation"]
+    scope: Literal["held-out", "unseen", "in-sample"]
+    requests: StrictInt
+    tokens: StrictInt
+    dispatch: str
+    metrics: dict[str, Figure]
+    baselines: dict[str, dict[str, Figure]]
+    change: dict[str, dict[str, Change]]
+
+
+class CertificateDocument(BaseModel):
+    """How good the placement is on the tokens that it was fitted to."""
+
+    objective: str
+    value: FiniteFloat | None
+    lower_bound: FiniteFloat | None
+    gap: FiniteFloat | None
+    status: str
+    bound_of: str | None = None
+
+
+class InputDocument(BaseModel):
+    """A trace that the plan was fitted to."""
+
+    fingerprint: str
+
+
+class SplitDocument(BaseModel):
+    """How the requests were divided."""
+
+    seed: Annotated[StrictInt, Field(ge=0)]
+    holdout: Annotated[float, Field(gt=0, lt=1)]
+    in_sample: bool
+
+
+class ProvenanceDocument(BaseModel):
+    """Where the plan came from, as far as placer reads it back."""
+
+    inputs: list[InputDocument] = Field(default_factory=list)
+    split: SplitDocument | None = None
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+
+def _as(schema: type[BaseModel]) -> AfterValidator:
+    """Check a JSON object against `schema` and keep it as it is; an empty one says nothing."""
+
+    def check(value: dict[str, Any]) -> dict[str, Any]:
+        if value:
+            schema.model_validate(value)
+        return value
+
+    return AfterValidator(check)
 
 
 class PlanDocument(BaseModel):
@@ -26,14 +100,14 @@ class PlanDocument(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     model: ModelDocument = Field(default_factory=ModelDocument)
-    layer_ids: Annotated[list[StrictInt], Field(min_length=1)]
+    layer_ids: Annotated[list[Annotated[StrictInt, Field(ge=0, le=MOST)]], Field(min_length=1)]
     num_experts: Count
     num_ranks: Count
     ranks_per_node: Count
     slots_per_rank: Count
-    physical_to_logical: list[list[StrictInt]]
+    physical_to_logical: list[list[Annotated[StrictInt, Field(ge=-1, le=MOST)]]]
     dispatch: Literal["alltoall", "coherent", "allgather"] = "alltoall"
-    prediction: dict[str, Any] = Field(default_factory=dict)
-    certificate: dict[str, Any] = Field(default_factory=dict)
-    provenance: dict[str, Any] = Field(default_factory=dict)
-    timings: dict[str, Any] = Field(default_factory=dict)
+    prediction: Annotated[dict[str, Any], _as(PredictionDocument)] = Field(default_factory=dict)
+    certificate: Annotated[dict[str, Any], _as(CertificateDocument)] = Field(default_factory=dict)
+    provenance: Annotated[dict[str, Any], _as(ProvenanceDocument)] = Field(default_factory=dict)
+    timings: dict[str, FiniteFloat] = Field(default_factory=dict)

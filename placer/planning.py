@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -9,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from placer import __version__
 from placer.cluster import Cluster, fits, load_cluster
-from placer.errors import InfeasibleError, TimeLimitError, UsageError
-from placer.evaluation import evaluate
+from placer.errors import InfeasibleError, PlacerError, TimeLimitError, UsageError
+from placer.evaluation import evaluate, homes_fit
 from placer.placement import Placement, contiguous
 from placer.plan import Dispatch, Plan
 from placer.trace.concat import concatenate
@@ -88,60 +90,89 @@ def split_sources(sources: Sequence[TraceSource], settings: Settings) -> Parts:
     """Split every source by request with the settings' seed, and join the halves.
 
     Raises:
-        UsageError: sources of different models, or one request only and not `in_sample`.
+        UsageError: sources of different models, the same source twice, or one request only and not
+            `in_sample`.
     """
     if not sources:
         raise UsageError("no trace was given")
-    inputs = [
-        {
+    inputs: list[dict[str, Any]] = []
+    fit, judge = [], []
+    for source in sources:
+        entry = {
             "name": source.path.name if source.path else None,
             "fingerprint": source.fingerprint(),
             "tokens": source.num_tokens,
         }
-        for source in sources
-    ]
-    phased = [
-        source.filtered(phase=settings.phase) if settings.phase else source for source in sources
-    ]
-    if settings.in_sample:
-        whole = concatenate(phased)
-        return Parts(whole, whole, "in-sample", inputs)
-    fit, judge = [], []
-    for source in phased:
+        if any(entry["fingerprint"] == other["fingerprint"] for other in inputs):
+            raise UsageError(f"{source.name} holds the same tokens as another trace given")
+        inputs.append(entry)
+        phased = source.filtered(phase=settings.phase)
+        if settings.in_sample:
+            fit.append(phased)
+            continue
         split = split_requests(
-            source.request_ids(),
+            phased.request_ids(),
             seed=settings.seed,
             holdout=settings.holdout,
-            labels=source.request_labels(),
+            labels=phased.request_labels(),
         )
-        fit.append(source.filtered(requests=split.fit))
-        judge.append(source.filtered(requests=split.held_out))
-    return Parts(concatenate(fit), concatenate(judge), "held-out", inputs)
+        entry["fit_requests"] = digest_of(split.fit)
+        fit.append(phased.filtered(requests=split.fit))
+        judge.append(phased.filtered(requests=split.held_out))
+    whole = concatenate(fit)
+    if settings.in_sample:
+        return Parts(whole, whole, "in-sample", inputs)
+    return Parts(whole, concatenate(judge), "held-out", inputs)
 
 
-def held_out_part(source: TraceSource, plan: Plan) -> tuple[TraceSource, str]:
-    """The tokens of `source` that `plan` was not fitted to, and what to call them.
+def digest_of(requests: NDArray[np.int64]) -> str:
+    """A short hex digest of request ids."""
+    return hashlib.sha256(np.asarray(requests, "<i8").tobytes()).hexdigest()[:16]
 
-    A trace that the plan never saw is held out as a whole; of one that it was fitted to, the
-    requests that the same split holds out.
+
+def judging_part(
+    source: TraceSource, plan: Plan, *, phase: str | None = None, all_requests: bool = False
+) -> tuple[TraceSource, str]:
+    """The tokens of `source` that judge `plan`, and what to call them.
+
+    A trace that the plan never saw judges it as a whole ("unseen"). Of one that it was fitted to,
+    the requests that it was not fitted to do ("held-out"), or all of them ("in-sample").
+
+    Args:
+        source: a trace of the plan's model.
+        plan: says what it was fitted to, and how the requests were split.
+        phase: the tokens' phase; by default the one that the plan was fitted to, if it was fitted
+            to this trace, else both.
+        all_requests: also those that it was fitted to.
+
+    Raises:
+        UsageError: the split cannot be made again: the trace's labels are others by now.
+        PlacerError: no token is left.
     """
     provenance = plan.provenance
-    seen = {entry.get("fingerprint") for entry in provenance.get("inputs", [])}
-    phase = provenance.get("settings", {}).get("phase")
-    if source.fingerprint() not in seen:
-        return source, "unseen"
-    if phase:
-        source = source.filtered(phase=phase)
-    split = provenance.get("split", {})
-    if split.get("in_sample", True):
-        return source, "in-sample"
-    parts = split_requests(
-        source.request_ids(),
-        seed=int(split["seed"]),
-        holdout=float(split["holdout"]),
-        labels=source.request_labels(),
-    )
-    return source.filtered(requests=parts.held_out), "held-out"
+    inputs = {entry["fingerprint"]: entry for entry in provenance.get("inputs", [])}
+    entry = inputs.get(source.fingerprint()) if inputs else None
+    if entry is None:
+        return source.filtered(phase=phase), "unseen"
+    fitted_phase = provenance.get("settings", {}).get("phase")
+    part = source.filtered(phase=phase or fitted_phase)
+    split = provenance.get("split")
+    if all_requests or not split or split["in_sample"]:
+        return part, "in-sample"
+    fitted = source.filtered(phase=fitted_phase)
+    fit = split_requests(
+        fitted.request_ids(),
+        seed=split["seed"],
+        holdout=split["holdout"],
+        labels=fitted.request_labels(),
+    ).fit
+    if entry.get("fit_requests") != digest_of(fit):
+        raise UsageError(
+            f"which requests of {source.name} the plan was fitted to cannot be told: "
+            "the trace holds the same tokens, but its labels are others",
+            "give the trace that the plan was made from, or --all-requests (in-sample)",
+        )
+    return part.filtered(requests=np.setdiff1d(part.request_ids(), fit)), "held-out"
 
 
 def sample_tokens(source: TraceSource, most: int) -> Trace:
@@ -269,7 +300,8 @@ def build_problem(source: TraceSource, settings: Settings, progress: Progress) -
     counts = count_chunks(source.chunks())
     progress("sampling tokens for the exact objective")
     sample = sample_tokens(source, settings.profile_tokens)
-    home = sample.request if sample.home is None else sample.home
+    recorded = homes_fit(source, settings.num_ranks)
+    home = sample.home if recorded and sample.home is not None else sample.request
     return Problem(
         load=counts.load.astype(np.float64),
         num_ranks=settings.num_ranks,
@@ -291,22 +323,44 @@ def build_problem(source: TraceSource, settings: Settings, progress: Progress) -
 
 
 def run_solver(problem: Problem, settings: Settings, budget: Budget | None = None) -> Result:
-    """Solve; the solvers' errors become placer's."""
+    """Solve; the solvers' errors become placer's.
+
+    Raises:
+        InfeasibleError, TimeLimitError, UsageError: from the solver.
+        KeyboardInterrupt: Ctrl-C before there was a placement.
+    """
     import solvers
 
+    budget = budget or solvers.Budget(settings.time_limit_s)
     try:
-        return solvers.solve(
-            problem,
-            settings.solver,
-            seed=settings.seed,
-            budget=budget or solvers.Budget(settings.time_limit_s),
-        )
+        return solvers.solve(problem, settings.solver, seed=settings.seed, budget=budget)
     except solvers.InfeasibleProblem as error:
         raise InfeasibleError(str(error)) from error
     except solvers.NoSolutionFound as error:
+        if budget.interrupted:
+            raise KeyboardInterrupt from error
         raise TimeLimitError(str(error), "give a longer --time-limit") from error
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def refuse_broken_cap(result: Result, settings: Settings) -> None:
+    """Raise what a result that breaks the cap on imbalance means, if it does."""
+    if result.status != "infeasible":
+        return
+    found = (
+        f"imbalance at most {settings.max_imbalance}; the least that {settings.solver} found is "
+        f"{result.parts['imbalance']:.4f}"
+    )
+    looser = "a higher --max-imbalance, or another slot per rank for replicas"
+    if result.termination == "time_limit":
+        raise TimeLimitError(
+            f"the time limit passed before there was a placement with {found}",
+            f"a longer --time-limit, {looser}",
+        )
+    if result.termination == "interrupted":
+        raise PlacerError(f"interrupted before there was a placement with {found}")
+    raise InfeasibleError(f"no placement was found with {found}", looser)
 
 
 def make_plan(
@@ -316,7 +370,7 @@ def make_plan(
 
     Raises:
         InfeasibleError: the cap on imbalance cannot be kept; nothing is returned.
-        TimeLimitError: no placement within the time limit.
+        TimeLimitError: no placement that keeps it within the time limit.
     """
     started = time.perf_counter()
     progress("splitting the requests")
@@ -324,12 +378,7 @@ def make_plan(
     problem = build_problem(parts.fit, settings, progress)
     progress(f"solving with {settings.solver}")
     result = run_solver(problem, settings)
-    if result.status == "infeasible":
-        raise InfeasibleError(
-            f"no placement was found with imbalance at most {settings.max_imbalance}; the least "
-            f"that {settings.solver} found is {result.parts['imbalance']:.4f}",
-            "a higher --max-imbalance, or another slot per rank for replicas",
-        )
+    refuse_broken_cap(result, settings)
     progress(f"replaying the {parts.scope} tokens")
     return plan_of_result(result, problem, parts, settings, time.perf_counter() - started)
 
@@ -414,6 +463,7 @@ def step_times(
             cluster,
             dispatch=settings.dispatch,
             replica_policy=settings.replica_policy,
+            ignore_home=not homes_fit(parts.judge, settings.num_ranks),
         ).summary()
         for name, which in (("plan", placement), ("contiguous", baseline))
     }

@@ -39,14 +39,14 @@ def analyze(
     from placer.affinity import write_affinity
     from placer.affinity.analysis import analyse
     from placer.affinity.graph import write_graphml
-    from placer.files import refuse_overwrite
+    from placer.files import check_output_file
     from placer.planning import open_traces
     from placer.report.analysis import analysis_tables
     from placer.report.console import progress_status, show, show_warnings
 
     for path in (graphml, npz):
         if path is not None:
-            refuse_overwrite(path, force)
+            check_output_file(path, force)
     with progress_status() as progress:
         progress("reading the trace")
         source = open_traces([trace])[0]

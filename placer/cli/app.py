@@ -31,6 +31,11 @@ class _Group(TyperGroup):
         except BrokenPipeError:
             sys.stderr.close()
             raise typer.Exit(1) from None
+        except OSError as error:  # what the file system says of an odd path, a full disk
+            from placer.report.console import show_error
+
+            show_error(str(error), "")
+            raise typer.Exit(1) from None
 
 
 app = typer.Typer(

@@ -27,12 +27,15 @@ def demo(
 
     Takes about a minute on two cores.
     """
+    from rich.markup import escape
+
     from placer.demo import NUM_RANKS, run_demo
     from placer.files import refuse_overwrite
     from placer.report.analysis import analysis_tables
     from placer.report.console import progress_status, show
     from placer.report.plans import plan_summary
     from placer.report.tables import comparison_table
+    from placer.report.tracing import tracing_lines
 
     for name in ("trace", "plan.json"):
         refuse_overwrite(output / name, force)
@@ -42,12 +45,13 @@ def demo(
         json_output,
         made.to_document(),
         lambda: [
-            f"traced {made.summary['tokens']:,} tokens of {made.summary['requests']} requests\n",
+            *tracing_lines(made.summary),
+            "",
             *analysis_tables(made.analysis),
             f"\n[bold]plans for {NUM_RANKS} ranks[/]",
             *comparison_table(made.comparison),
             "",
             *plan_summary(made.plan_document),
-            f"\nnext: placer evaluate {made.plan} {made.trace} --all",
+            escape(f"\nnext: placer evaluate {made.plan} {made.trace} --all"),
         ],
     )

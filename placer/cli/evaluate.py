@@ -45,13 +45,14 @@ def evaluate(
 ) -> None:
     """Judge a plan on a trace, beside baselines on the same tokens.
 
-    Of a trace that the plan was fitted to, only the held-out requests count.
+    Of a trace that the plan was fitted to, only the held-out requests count, and only the phase
+    that it was fitted to, unless --phase names another.
     """
     from placer.baselines import baseline_placement
     from placer.errors import UsageError
     from placer.evaluation import evaluate as judge
     from placer.plan import read_plan
-    from placer.planning import held_out_part, open_traces
+    from placer.planning import judging_part, open_traces
     from placer.report.console import progress_status, show, show_warnings
     from placer.report.tables import evaluation_table
 
@@ -70,11 +71,12 @@ def evaluate(
                 f"({_span(list(plan.layer_ids))})",
                 "a plan can be judged only on a trace of its own model",
             )
-        part, scope = held_out_part(source, plan)
-        if all_requests and scope == "held-out":
-            part, scope = source, "in-sample"
-        if phase is not None:
-            part = part.filtered(phase=phase.value)
+        part, scope = judging_part(
+            source,
+            plan,
+            phase=phase.value if phase else None,
+            all_requests=all_requests,
+        )
         progress("replaying")
         evaluation = judge(
             plan.placement,

@@ -35,6 +35,8 @@ def import_(
 
     npz: the interchange trace (docs/traces.md): experts [tokens, layers, k], num_experts, ...
     """
+    from rich.markup import escape
+
     from placer.report.console import progress_status, show, show_warnings
     from placer.trace import import_npz
 
@@ -56,7 +58,8 @@ def import_(
         json_output,
         document,
         lambda: [
-            f"[bold]{summary.path}[/]: {summary.tokens:,} tokens of {summary.requests:,} requests, "
-            f"{summary.layers} layers x {summary.experts} experts, top-{summary.top_k}"
+            f"[bold]{escape(str(summary.path))}[/]: {summary.tokens:,} tokens of "
+            f"{summary.requests:,} requests, {summary.layers} layers x {summary.experts} experts, "
+            f"top-{summary.top_k}"
         ],
     )

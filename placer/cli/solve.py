@@ -46,13 +46,13 @@ def solve(
 
     Example: placer solve trace --gpus 8 --max-imbalance 1.10 -o plan.json
     """
-    from placer.files import refuse_overwrite
+    from placer.files import check_output_file
     from placer.plan import write_plan
     from placer.planning import Settings, make_plan, open_traces
     from placer.report.console import progress_status, show, show_warnings
     from placer.report.plans import plan_summary
 
-    refuse_overwrite(output, force)
+    check_output_file(output, force)
     settings = Settings(
         num_ranks=gpus,
         num_nodes=nodes,

@@ -27,7 +27,7 @@ def trace(
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the new trace.")],
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=0, help="Generated tokens of each prompt.")
+        int, typer.Option("--max-new-tokens", min=1, help="Generated tokens of each prompt.")
     ] = 64,
     batch_size: Annotated[
         int, typer.Option("--batch-size", min=1, help="Prompts that run together.")
@@ -48,12 +48,20 @@ def trace(
 
     Example: placer trace examples/model --prompts examples/prompts/python.jsonl -o trace
     """
-    from placer.report.console import progress_status, show
-    from placer.tracer import read_prompts, trace_model
+    from placer.report.console import progress_status, show, show_warnings
+    from placer.report.tracing import tracing_document, tracing_lines
+    from placer.tracer import Progress, read_prompts, trace_model
 
     asked = [prompt for path in prompts for prompt in read_prompts(path)]
     with progress_status() as progress:
         progress(f"loading {model}")
+
+        def report(state: Progress) -> None:
+            progress(
+                f"tracing: {state.num_prompts_done:,} of {state.num_prompts:,} prompts, "
+                f"{state.num_tokens:,} tokens"
+            )
+
         summary = trace_model(
             model,
             asked,
@@ -66,16 +74,9 @@ def trace(
             seed=seed,
             trust_remote_code=trust_remote_code,
             force=force,
-            progress=progress,
+            progress=report,
         )
-    document = summary.to_document()
-    show(
-        json_output,
-        document,
-        lambda: [
-            f"[bold]{output}[/]: {document['tokens']:,} tokens of {document['requests']:,} "
-            f"requests ({document['prefill_tokens']:,} prefill, {document['decode_tokens']:,} "
-            f"decode), {document['layers']} layers x {document['experts']} experts, "
-            f"top-{document['top_k']}"
-        ],
-    )
+    cut = ["interrupted: the trace holds what was traced until then"]
+    show_warnings([*summary.notes, *(cut if summary.interrupted else [])])
+    document = tracing_document(summary)
+    show(json_output, document, lambda: tracing_lines(document))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import RenderableType
+from rich.markup import escape
 
 from placer.report.tables import number, plain_table
 
@@ -25,8 +26,9 @@ def analysis_tables(document: Mapping[str, Any]) -> list[RenderableType]:
     """Figures of the whole trace, headroom by number of ranks, workloads."""
     overall = document["overall"]
     table = plain_table(
-        f"{document['path']}: {overall['num_tokens']:,} tokens, {overall['num_layers']} layers x "
-        f"{overall['num_experts']} experts, {overall['experts_per_token']['mean']:.2f} per token",
+        f"{escape(document['path'])}: {overall['num_tokens']:,} tokens, "
+        f"{overall['num_layers']} layers x {overall['num_experts']} experts, "
+        f"{overall['experts_per_token']['mean']:.2f} per token",
     )
     for header in ("figure", "mean", "least", "most", "by layer"):
         table.add_column(header, no_wrap=True)
@@ -89,7 +91,7 @@ def _labels(labels: Mapping[str, Any]) -> list[RenderableType]:
     for name, entry in largest[:12]:
         drift = entry["drift_from_rest"]
         table.add_row(
-            name or "(none)",
+            escape(name) or "(none)",
             f"{entry['num_tokens']:,}",
             number(entry["load"]["max_over_mean"]["mean"]),
             number(drift["total_variation"]["mean"]) if drift else "–",

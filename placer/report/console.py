@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 from rich.console import Console, RenderableType
+from rich.markup import escape
 
 FILE_WIDTH = 160  # of tables that go to a file or a pipe
 
@@ -50,7 +51,7 @@ def show_error(message: str, hint: str) -> None:
 def show_warnings(warnings: list[str]) -> None:
     """A line each."""
     for warning in warnings:
-        stderr_console().print(f"[yellow]warning:[/] {warning}", soft_wrap=True)
+        stderr_console().print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -61,4 +62,4 @@ def progress_status() -> Iterator[Callable[[str], None]]:
         yield lambda _: None
         return
     with console.status("") as status:
-        yield lambda text: status.update(text)
+        yield lambda text: status.update(escape(text))

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import RenderableType
+from rich.markup import escape
 
 from placer.report.tables import plain_table
 
 
 def inspection_lines(document: Mapping[str, Any]) -> list[RenderableType]:
     """A table of facts, then what is wrong."""
-    table = plain_table(document["path"])
+    table = plain_table(escape(document["path"]))
     table.show_header = False
     table.add_column(style="dim")
     table.add_column()
@@ -34,13 +35,13 @@ def inspection_lines(document: Mapping[str, Any]) -> list[RenderableType]:
         "fingerprint": document["fingerprint"] or "–",
     }
     for name, fact in facts.items():
-        table.add_row(name, fact)
+        table.add_row(name, escape(fact))
     for label, entry in list(document["labels"].items())[:12]:
         count = f"{entry['tokens']:,} tokens of {entry['requests']:,} requests"
-        table.add_row(f"label {label or '(none)'}", count)
+        table.add_row(escape(f"label {label or '(none)'}"), count)
     lines: list[RenderableType] = [table]
     state = "complete" if document["complete"] else "unfinished (readable up to the last part)"
     lines.append(f"{'sound' if document['sound'] else '[red]not sound[/]'}, {state}")
-    lines += [f"[yellow]warning:[/] {warning}" for warning in document["warnings"]]
-    lines += [f"[red]problem:[/] {problem}" for problem in document["problems"]]
+    lines += [f"[yellow]warning:[/] {escape(warning)}" for warning in document["warnings"]]
+    lines += [f"[red]problem:[/] {escape(problem)}" for problem in document["problems"]]
     return lines

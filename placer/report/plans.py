@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import RenderableType
+from rich.markup import escape
 
 from placer.report.tables import certificate_line, evaluation_table
 
@@ -17,8 +18,8 @@ def plan_summary(document: Mapping[str, Any]) -> list[RenderableType]:
     filled = sum(slot >= 0 for row in document["physical_to_logical"] for slot in row)
     replicas = filled - layers * document["num_experts"]
     lines: list[RenderableType] = [
-        f"[bold]{document['path']}[/]: {layers} layers x {document['num_experts']} experts on "
-        f"{document['num_ranks']} ranks ({nodes} node{'s' if nodes > 1 else ''}), {slots} slots "
+        f"[bold]{escape(document['path'])}[/]: {layers} layers x {document['num_experts']} experts "
+        f"on {document['num_ranks']} ranks ({nodes} node{'s' if nodes > 1 else ''}), {slots} slots "
         f"per rank, {replicas / layers:g} replicas per layer, dispatch {document['dispatch']}"
     ]
     prediction, certificate = document["prediction"], document["certificate"]
@@ -28,7 +29,8 @@ def plan_summary(document: Mapping[str, Any]) -> list[RenderableType]:
             lines.append(step_time_line(prediction["step_time"]))
     if certificate:
         seconds = document["timings"].get("solve_s")
-        took = "" if seconds is None else f" ({document['provenance']['solver']}, {seconds:.1f} s)"
+        solver = document["provenance"].get("solver", "unknown solver")
+        took = "" if seconds is None else f" ({solver}, {seconds:.1f} s)"
         lines.append(certificate_line(certificate) + took)
     return lines
 

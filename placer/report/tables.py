@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import RenderableType
+from rich.markup import escape
 from rich.table import Table
 
 SHORT = {
@@ -91,7 +92,7 @@ def evaluation_table(document: Mapping[str, Any], show_all: bool = False) -> lis
     table.add_column("figure", no_wrap=True)
     table.add_column("plan", no_wrap=True)
     for name in document["baselines"]:
-        table.add_column(name, no_wrap=True)
+        table.add_column(escape(name), no_wrap=True)
         table.add_column("change", no_wrap=True)
     nodes = document["metrics"]["node_span"]["value"] != 1.0
     for info in METRICS:
@@ -115,13 +116,14 @@ def certificate_line(certificate: Mapping[str, Any]) -> str:
     text = f"{certificate['status']}: {certificate['objective']} = {number(value, 4)} in-sample"
     if bound is None:
         return text + "; no bound is proven"
-    of = certificate["bound_of"]
+    of = certificate.get("bound_of") or "objective"
     figure = "" if of == "objective" else f" of {of}"
-    return text + f"; proven lower bound{figure} {number(bound, 4)}, gap {certificate['gap']:.1%}"
+    gap = "" if certificate["gap"] is None else f", gap {certificate['gap']:.1%}"
+    return text + f"; proven lower bound{figure} {number(bound, 4)}{gap}"
 
 
 def comparison_table(document: Mapping[str, Any]) -> list[RenderableType]:
-    """Every solver on the same held-out tokens."""
+    """Every solver on the same held-out tokens; those that failed below."""
     messages = f"messages_{document['dispatch']}"
     if messages not in document["rows"][0]["metrics"]:
         messages = "messages_alltoall"
@@ -153,7 +155,10 @@ def comparison_table(document: Mapping[str, Any]) -> list[RenderableType]:
             f"{row['seconds']:.2f} s",
         ]
         table.add_row(*(cell for cell in cells if cell is not None))
-    return [table]
+    failed = [
+        f"[red]{entry['solver']}:[/] {escape(entry['error'])}" for entry in document["failed"]
+    ]
+    return [table, *failed]
 
 
 def _best_rows(rows: Sequence[Mapping[str, Any]], messages: str) -> set[str]:
