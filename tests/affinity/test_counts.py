@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from placer.affinity import count, count_by, count_chunks, label_of, phase_of
+from placer.affinity import (
+    AffinityCounter,
+    blocks,
+    count,
+    count_by,
+    count_chunks,
+    counts,
+    label_of,
+    phase_of,
+)
 
 from .reference import assert_same, random_trace, reference_count, trace_of
 
@@ -101,6 +110,16 @@ def test_chunks_may_have_different_widths():
     found = count_chunks([narrow, wide, narrow])
     assert_same(found, count(narrow) + count(wide) + count(narrow))
     assert found.top_k == 4
+
+
+def test_counts_beyond_32_bits_are_moved_into_wider_tables(monkeypatch):
+    monkeypatch.setattr(counts, "_MAX_PENDING", 100)
+    monkeypatch.setattr(blocks, "_BLOCK_TOKENS", 40)
+    trace = random_trace(num_tokens=330, variable_k=True)
+    counter = AffinityCounter(trace.num_experts, trace.layer_ids)
+    counter.add(trace)
+    assert counter._pending <= 100
+    assert_same(counter.result(), reference_count(trace))
 
 
 def test_arrays_that_are_read_only_or_strided_count_the_same():

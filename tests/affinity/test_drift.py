@@ -64,13 +64,16 @@ def test_labels_are_loaded_across_chunks():
     assert loads.loads[""].num_tokens == 5
 
 
+@pytest.mark.parametrize("in_order", [False, True])
 @pytest.mark.parametrize(
     "ids", [range(10), range(-500, 500), [5, 6], [0, 2**40], [3, 2**62, -(2**62)], range(64)]
 )
-def test_requests_are_halved_by_id_however_they_are_numbered(ids):
+def test_requests_are_halved_by_id_however_they_are_numbered(ids, in_order):
     ids = list(ids)
     request = np.repeat(np.array(ids, np.int64), 3)
-    order = np.random.default_rng(0).permutation(request.size)
+    order = np.arange(request.size)
+    if not in_order:
+        order = np.random.default_rng(0).permutation(request.size)
     trace = random_trace(num_tokens=request.size, request=request[order])
     loads = RequestLoads()
     for chunk in np.array_split(np.arange(request.size), 4):

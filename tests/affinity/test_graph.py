@@ -9,7 +9,7 @@ import pytest
 from placer.affinity import affinity_graph, conditional, count, lift, write_graphml
 from placer.errors import UsageError
 
-from .reference import random_trace
+from .reference import random_trace, trace_of
 
 
 def edges_of(graph, kind):
@@ -43,6 +43,8 @@ def test_only_the_likeliest_edges_are_kept_when_asked():
     for expert in range(counts.num_experts):
         kept = {b for _, b in graph.out_edges(f"L1E{expert}")}
         assert kept == {f"L3E{b}" for b in np.argsort(-probability[0, expert])[:2]}
+    for source, _, edge in affinity_graph(counts, top_n=5, min_probability=0.1).edges(data=True):
+        assert edge["probability"] >= 0.1, source
     above = affinity_graph(counts, min_probability=0.3)
     assert above.number_of_edges() == (probability >= 0.3).sum() > 0
 
@@ -59,6 +61,15 @@ def test_coactivation_edges_join_experts_of_a_layer_once():
     assert edge["probability"] == pytest.approx(counts.coactivation[2, 1, 4] / smaller)
     assert len(edges_of(graph, "affinity")) == (counts.affinity > 0).sum()
     assert not edges_of(affinity_graph(counts), "coactivation")
+
+
+def test_a_coactivation_edge_stays_when_it_is_likeliest_for_either_expert():
+    # expert 2 fires with 0 only, but expert 0 mostly with 1
+    tokens = [[[0, 1]], [[0, 1]], [[0, 1]], [[0, 2]]]
+    counts = count(trace_of(np.array(tokens, np.int16), 3))
+    graph = affinity_graph(counts, top_n=1, coactivation=True)
+    assert set(graph.edges) == {("L1E0", "L1E1"), ("L1E0", "L1E2")}
+    assert graph.edges["L1E0", "L1E2"]["probability"] == 1
 
 
 @pytest.mark.parametrize("shape", [{}, {"num_layers": 1}, {"num_experts": 1, "top_k": 1}])
