@@ -122,6 +122,69 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }
 
 
+CAUSAL = [
+    "AXK1",
+    "AXK2",
+    "Afmoe",
+    "AriaText",
+    "BailingHybrid",
+    "Beam",
+    "Cohere2Moe",
+    "Dbrx",
+    "DeepseekV2",
+    "DeepseekV3",
+    "DeepseekV32",
+    "DeepseekV4",
+    "Dots1",
+    "Dots3Note",
+    "Ernie4_5_Moe",
+    "ExaoneMoe",
+    "FlexOlmo",
+    "Flint",
+    "Gemma4",
+    "Glm4Moe",
+    "Glm4MoeLite",
+    "GlmMoeDsa",
+    "GptOss",
+    "GraniteMoe",
+    "GraniteMoeHybrid",
+    "GraniteMoeSWA",
+    "GraniteMoeShared",
+    "HYV3",
+    "HYV4",
+    "HunYuanMoEV1",
+    "Inkling",
+    "Inkling2",
+    "Jamba",
+    "KimiLinear",
+    "Kolibri1",
+    "Laguna",
+    "Lfm2Moe",
+    "LongcatFlash",
+    "Mellum",
+    "MiMoV2Flash",
+    "MiniMax",
+    "MiniMaxM2",
+    "MiniMaxM3VL",
+    "Mistral4",
+    "Mixtral",
+    "NemotronH",
+    "Olmoe",
+    "Phimoe",
+    "Qwen2Moe",
+    "Qwen3Moe",
+    "Qwen3Next",
+    "Qwen3_5Moe",
+    "Qwen4Exp",
+    "SolarOpen",
+    "Zaya",
+]
+SLOW = {  # large even when they are small
+    "DeepseekV4", "DeepseekV32", "Dots3Note", "GlmMoeDsa", "HYV4", "Inkling", "Inkling2",
+    "LongcatFlash", "MiniMaxM3VL", "NemotronH", "Qwen3Next", "Qwen3_5Moe", "Qwen4Exp", "Zaya",
+}  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """One architecture: its model class, and how to make it small."""
@@ -129,13 +192,15 @@ class Family:
     name: str
     model_class: str
 
-    def config(self, **overrides: Any) -> Any:
-        config_class = getattr(transformers, self.model_class).config_class
+    def values(self, config_class: Any, **overrides: Any) -> dict[str, Any]:
+        """The fields of a small configuration."""
         fields = _fields(config_class)
         values = {name: value for name, value in SMALL.items() if name in fields}
-        values |= OVERRIDES.get(self.name, {})
-        values |= overrides
-        return config_class(**values)
+        return values | OVERRIDES.get(self.name, {}) | overrides
+
+    def config(self, **overrides: Any) -> Any:
+        config_class = getattr(transformers, self.model_class).config_class
+        return config_class(**self.values(config_class, **overrides))
 
     def build(self, seed: int = 0, **overrides: Any) -> Any:
         config = self.config(**overrides)
