@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from placer.errors import PlacerError, UsageError
+from placer.errors import PlacerError
 from placer.evaluation import evaluate
 from placer.placement import contiguous
 from placer.planning import (
@@ -14,6 +14,7 @@ from placer.planning import (
     Progress,
     Settings,
     build_problem,
+    check_solver,
     placement_of,
     run_solver,
     split_sources,
@@ -48,11 +49,9 @@ def compare_solvers(
     """
     import solvers
 
-    known = solvers.names()
-    chosen = list(names) if names is not None else [name for name in known if name != "auto"]
+    chosen = list(names or [name for name in solvers.names() if name != "auto"])
     for name in chosen:
-        if name not in known:
-            raise UsageError(f"no solver is called {name!r}", f"there are {', '.join(known)}")
+        check_solver(name)
     parts = split_sources(sources, settings)
     problem = build_problem(parts.fit, settings, progress)
     baseline = contiguous(

@@ -322,6 +322,15 @@ def build_problem(source: TraceSource, settings: Settings, progress: Progress) -
     )
 
 
+def check_solver(name: str) -> None:
+    """Raise UsageError when no solver is called `name`."""
+    import solvers
+
+    known = solvers.names()
+    if name not in known:
+        raise UsageError(f"no solver is called {name!r}", f"there are {', '.join(known)}")
+
+
 def run_solver(problem: Problem, settings: Settings, budget: Budget | None = None) -> Result:
     """Solve; the solvers' errors become placer's.
 
@@ -373,6 +382,7 @@ def make_plan(
         TimeLimitError: no placement that keeps it within the time limit.
     """
     started = time.perf_counter()
+    check_solver(settings.solver)
     progress("splitting the requests")
     parts = split_sources(sources, settings)
     problem = build_problem(parts.fit, settings, progress)

@@ -17,9 +17,14 @@ def names(folder):
 def test_a_block_that_raises_leaves_no_trace_and_the_old_file(tmp_path):
     path = tmp_path / "plan.json"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), atomic_path(path, force=True) as temporary:
-        temporary.write_text("half")
-        raise KeyboardInterrupt
+
+    def write_half() -> None:
+        with atomic_path(path, force=True) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_half()
     assert names(tmp_path) == ["plan.json"]
     assert path.read_text() == "old"
 
@@ -78,7 +83,7 @@ def test_what_the_file_system_refuses_is_an_error_of_placer(tmp_path):
 
 
 def test_refuse_overwrite_is_for_folders_too(tmp_path):
-    with pytest.raises(UsageError, match="--force|exists already"):
+    with pytest.raises(UsageError, match="exists already"):
         refuse_overwrite(tmp_path, False)
     refuse_overwrite(tmp_path, True)
 
