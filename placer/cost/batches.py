@@ -143,7 +143,7 @@ class BatchLoads:
 
     def _reduce(self, loads: NDArray[np.int32]) -> None:
         """Take the figures of batches with these loads [n, J, L, G]."""
-        present = loads.any(axis=(2, 3))
+        present: NDArray[np.bool_] = np.greater(loads.max(axis=(2, 3)), 0)
         self._group_used |= present.any(axis=0)
         total = loads.sum(axis=1)
         pairs = total.sum(axis=(1, 2))

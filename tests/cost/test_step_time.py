@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placer.cluster import Cluster
-from placer.cost import Transport, step_time
+from placer.cost import Transport, measure, replay, step_time
 from placer.errors import UsageError
 from placer.placement import Placement
 from placer.trace.model import ModelDims, Trace
@@ -113,6 +113,15 @@ def worked_example():
     )
     dims = ModelDims(hidden_size=1000, expert_bytes=10_000_000, expert_flops_per_token=20_000_000.0)
     return trace, placement, cluster, dims
+
+
+def test_the_example_by_hand_metrics():
+    trace, placement, _, _ = worked_example()
+    found = measure(replay(trace, placement), num_resamples=0).values
+    assert found["span"] == 2
+    assert found["messages_alltoall"] == pytest.approx(5 / 3)
+    assert found["messages_coherent"] == pytest.approx(8 / 3)
+    assert found["node_span"] == found["imbalance"] == pytest.approx(4 / 3)
 
 
 def parts_of(found):
