@@ -129,14 +129,15 @@ def join_manifest(folder: Path, manifest: Manifest, rank: int) -> None:
     """
     temporary = folder / f".{MANIFEST}.{rank}.tmp"
     target = folder / MANIFEST
-    write_json(temporary, manifest.document(), force=True)
     try:
-        os.link(temporary, target)
-    except FileExistsError:
-        pass
-    except OSError:  # a file system without hard links
-        if not target.exists():
-            os.replace(temporary, target)
+        temporary.write_text(json.dumps(manifest.document(), indent=1) + "\n", encoding="utf-8")
+        try:
+            os.link(temporary, target)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            if not target.exists():
+                os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
     differing = manifest.differences(read_manifest(folder))

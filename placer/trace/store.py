@@ -92,6 +92,7 @@ class TraceWriter:
         self._layer_ids = self._manifest.layers()
         self._where = f"trace for {self.path}"
         self._labels: dict[int, str] = {}
+        self._buffer = _Buffer(self._manifest, part_tokens)
         self._open = True
         try:
             _open_folder(self.path, rank, force)
@@ -99,7 +100,6 @@ class TraceWriter:
             layout.claim(self.path, rank)
         except OSError as error:
             raise PlacerError(f"{self.path} cannot be written: {error}") from error
-        self._buffer = _Buffer(self._manifest, part_tokens)
 
     def append(
         self,

@@ -278,6 +278,32 @@ def test_ranks_that_describe_different_traces_are_refused(tmp_path: Path) -> Non
     assert json.loads((tmp_path / "t" / "manifest.json").read_text())["source"] == {"host": "a"}
 
 
+def test_file_systems_without_hard_links_will_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr("placer.trace.layout.os.link", refuse)
+    for rank in range(2):
+        with TraceWriter(tmp_path / "t", **SMALL, rank=rank) as writer:
+            writer.append(**tokens(0, 3))
+    assert open_trace(tmp_path / "t").num_tokens == 6
+    with pytest.raises(UsageError, match="another trace: top_k"):
+        TraceWriter(tmp_path / "t", **{**SMALL, "top_k": 1}, rank=2)
+
+
+def test_a_folder_that_cannot_be_written_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("placer.trace.layout.Path.write_text", refuse)
+    with pytest.raises(PlacerError, match="cannot be written: .*Permission denied"):
+        TraceWriter(tmp_path / "t", **SMALL)
+
+
 def test_a_rank_that_wrote_nothing_yet_leaves_the_trace_unfinished(tmp_path: Path) -> None:
     with TraceWriter(tmp_path / "t", **SMALL) as writer:
         writer.append(**tokens(0, 3))
