@@ -163,6 +163,9 @@ class Discovery:
         unread = {s.block for s in self._stacks if s.block in self.watch.called} - read
         kinds = {kind_of(seen.block) for seen in chosen}
         lost = sorted(block for block in unread if kind_of(block) in kinds)
+        guessed = [s.block for s in chosen if isinstance(s.site.reader, ReadAgain)]
+        if len(guessed) < len(chosen):  # a fused kernel would hide all layers alike
+            lost += guessed
         if lost:
             raise PlacerError(
                 f"{lost[0]} routes tokens in a way that could not be seen, unlike the other "
