@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from placer.errors import UsageError
+from placer.errors import PlacerError, UsageError
 from placer.trace import layout
 from placer.trace.model import Trace
 from placer.trace.npz import load_npz
@@ -96,7 +96,10 @@ def new_trace_folder(output: Path, *, force: bool = False) -> Iterator[Path]:
         raise UsageError(f"the folder {output.parent} does not exist", f"mkdir -p {output.parent}")
     # resolved, so that "." and links have a sibling too
     target = output.resolve()
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise PlacerError(f"{output} cannot be written: {error}") from None
     try:
         yield temporary
         umask = os.umask(0)

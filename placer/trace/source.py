@@ -31,6 +31,13 @@ def open_trace(path: Path | str) -> TraceSource:
         BadFileError: missing, damaged, or neither of these.
     """
     path = Path(path)
+    try:
+        return _open(path)
+    except OSError as error:
+        raise BadFileError(f"{path} cannot be read: {error}") from None
+
+
+def _open(path: Path) -> TraceSource:
     if path.name == _MANIFEST:
         path = path.parent
     if path.is_dir():

@@ -349,3 +349,11 @@ def test_messages_do_not_depend_on_the_size_of_chunks(folder: Path) -> None:
         with pytest.raises(BadFileError, match="position of token 33 is -1"):
             for _ in open_trace(folder).chunks(max_tokens):
                 pass
+
+
+def test_a_trace_that_may_not_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("placer.trace.layout.Path.iterdir", refuse)
+    refused(folder, str(folder), "cannot be read", "Permission denied")

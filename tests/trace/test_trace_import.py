@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from trace_cases import assert_same, python, random_trace, traces, unhurried
 
-from placer.errors import BadFileError, UsageError
+from placer.errors import BadFileError, PlacerError, UsageError
 from placer.trace import (
     Trace,
     import_npz,
@@ -154,3 +154,14 @@ def test_the_new_folder_has_the_usual_permissions(npz: Path, tmp_path: Path) -> 
     (tmp_path / "usual").mkdir()
     import_npz(npz, tmp_path / "t")
     assert (tmp_path / "t").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_a_place_that_cannot_be_written_is_reported(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("placer.trace.importing.tempfile.mkdtemp", refuse)
+    with pytest.raises(PlacerError, match=r"cannot be written: .*Permission denied"):
+        import_npz(npz, tmp_path / "t")

@@ -300,7 +300,7 @@ def test_a_folder_that_cannot_be_written_is_reported(
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("placer.trace.layout.Path.write_text", refuse)
-    with pytest.raises(PlacerError, match="cannot be written: .*Permission denied"):
+    with pytest.raises(PlacerError, match=r"cannot be written: .*Permission denied"):
         TraceWriter(tmp_path / "t", **SMALL)
 
 
