@@ -80,6 +80,7 @@ class ProvenanceDocument(BaseModel):
 
     inputs: list[InputDocument] = Field(default_factory=list)
     split: SplitDocument | None = None
+    seed: Annotated[StrictInt, Field(ge=0)] = 0
     settings: dict[str, Any] = Field(default_factory=dict)
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from placer.cli import options
+
+if TYPE_CHECKING:
+    from placer.plan import Plan
 
 
 def register(app: typer.Typer) -> None:
@@ -31,12 +34,17 @@ def evaluate(
         options.DispatchName | None,
         typer.Option("--dispatch", help="Instead of the plan's own."),
     ] = None,
-    replica_policy: options.ReplicaPolicy = options.ReplicaPolicyName.local,
+    replica_policy: Annotated[
+        options.ReplicaPolicyName | None,
+        typer.Option("--replica-policy", help="Instead of the plan's own."),
+    ] = None,
     batch_tokens: Annotated[
         int,
         typer.Option("--batch-tokens", min=1, help="Batch size where the trace has no steps."),
     ] = 256,
-    seed: options.Seed = 0,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="Of the bootstrap; default: the plan's.")
+    ] = None,
     resamples: Annotated[
         int, typer.Option("--resamples", min=0, help="Of the bootstrap; 0 = no intervals.")
     ] = 1000,
@@ -84,9 +92,9 @@ def evaluate(
             part,
             scope=scope,
             dispatch=(dispatch or options.DispatchName(plan.dispatch)).value,
-            replica_policy=replica_policy.value,
+            replica_policy=(replica_policy or plan_replica_policy(plan)).value,
             batch_tokens=batch_tokens,
-            seed=seed,
+            seed=int(plan.provenance.get("seed", 0)) if seed is None else seed,
             num_resamples=resamples,
         )
     document = evaluation.to_document()
@@ -95,3 +103,10 @@ def evaluate(
 
 def _span(layer_ids: list[int]) -> str:
     return f"layer ids {layer_ids[0]}..{layer_ids[-1]}"
+
+
+def plan_replica_policy(plan: Plan) -> options.ReplicaPolicyName:
+    """The policy that the plan was judged with when it was made."""
+    found = plan.provenance.get("settings", {}).get("replica_policy")
+    known = found in [name.value for name in options.ReplicaPolicyName]
+    return options.ReplicaPolicyName(found) if known else options.ReplicaPolicyName.local

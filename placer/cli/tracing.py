@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from placer.cli import options
+
+if TYPE_CHECKING:
+    from placer.tracer.run import Progress
 
 
 def register(app: typer.Typer) -> None:
@@ -48,10 +51,13 @@ def trace(
 
     Example: placer trace examples/model --prompts examples/prompts/python.jsonl -o trace
     """
+    from placer.files import refuse_overwrite
     from placer.report.console import progress_status, show, show_warnings
     from placer.report.tracing import tracing_document, tracing_lines
-    from placer.tracer import Progress, read_prompts, trace_model
+    from placer.tracer import read_prompts, trace_model
 
+    if not output.is_dir() or any(output.iterdir()):
+        refuse_overwrite(output, force)  # before the model is loaded
     asked = [prompt for path in prompts for prompt in read_prompts(path)]
     with progress_status() as progress:
         progress(f"loading {model}")
