@@ -37,6 +37,12 @@ def baseline_placement(name: str, plan: Plan) -> Placement:
                 f"the plan {ours.num_layers} x {ours.num_experts}",
                 "compare plans of one model",
             )
+        if other.layer_ids != plan.layer_ids:
+            raise UsageError(
+                f"{name} places other layers than the plan: {list(other.layer_ids)}, not "
+                f"{list(plan.layer_ids)}",
+                "compare plans of one model",
+            )
         return theirs
     raise UsageError(
         f"no baseline is called {name!r}",
