@@ -9,9 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from placer.trace.checks import make_trace
+from placer.trace.memory import MemorySource
 from placer.trace.model import DECODE, PHASE_NAMES, PREFILL, ModelDims, Trace
 from placer.trace.npz import read_npz, write_npz
-from placer.trace.source import MemorySource, TraceSource, open_trace
+from placer.trace.opening import open_trace
+from placer.trace.source import TraceSource
 from placer.trace.split import Split, split_requests
 
 if TYPE_CHECKING:

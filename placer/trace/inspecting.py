@@ -15,7 +15,8 @@ from placer.trace import layout
 from placer.trace.fingerprint import Fingerprint
 from placer.trace.model import PHASE_NAMES, Trace
 from placer.trace.native import NativeSource
-from placer.trace.source import TraceSource, open_trace
+from placer.trace.opening import open_trace
+from placer.trace.source import TraceSource
 
 _FEW_TOKENS = 32  # too few to call a routing suspicious
 

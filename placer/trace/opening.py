@@ -1,0 +1,46 @@
+"""`open_trace`: whatever kind of trace lies at a path, as a `TraceSource`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from placer.errors import BadFileError
+from placer.trace.memory import MemorySource
+from placer.trace.npz import load_npz
+from placer.trace.source import TraceSource
+
+_MANIFEST = "manifest.json"
+
+
+def open_trace(path: Path | str) -> TraceSource:
+    """Open a native trace (its folder or its manifest) or an interchange trace (an .npz file).
+
+    Raises:
+        BadFileError: missing, damaged, or neither of these.
+    """
+    path = Path(path)
+    try:
+        return _open(path)
+    except OSError as error:
+        raise BadFileError(f"{path} cannot be read: {error}") from None
+
+
+def _open(path: Path) -> TraceSource:
+    if path.name == _MANIFEST:
+        path = path.parent
+    if path.is_dir():
+        from placer.trace.native import NativeSource
+
+        return NativeSource(path)
+    if not path.exists():
+        raise BadFileError(f"{path} does not exist", "expected a trace: a folder or an .npz file")
+    if path.suffix == ".parquet":
+        raise BadFileError(
+            f"{path} may be a part of a trace, but is not a whole one",
+            f"give the folder that it lies in: {path.parent}",
+        )
+    trace, unknown = load_npz(path)
+    source = MemorySource(trace, path=path)
+    if unknown:
+        source.warnings.append(f"keys that placer does not know: {', '.join(unknown)}")
+    return source
