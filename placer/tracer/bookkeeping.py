@@ -105,14 +105,14 @@ class Bookkeeper:
                 found.tokens = inputs.tokens
         return found
 
-    def finish(self, done: Pass, inputs: Inputs, output: Any, num_tokens: int) -> None:
+    def finish(self, done: Pass, inputs: Inputs, output: Any) -> None:
         """The pass has run: its number counts, and its cache belongs to its rows."""
         self._num_steps += 1
         if done.num_rows is None:
-            done.num_rows, done.num_columns = 1, num_tokens
+            done.num_rows, done.num_columns = 1, done.num_tokens
             self._follow(done, None, inputs)
         elif done.num_columns is None:
-            done.num_columns = num_tokens // done.num_rows
+            done.num_columns = done.num_tokens // done.num_rows
             self._follow(done, None, inputs)
         sequences = done.sequences
         if sequences is None or done.num_columns is None:

@@ -51,18 +51,18 @@ class HostCopy:
 
 
 def stack_layers(tensors: Sequence[Tensor]) -> list[tuple[list[int], Tensor]]:
-    """Stack tensors of L layers that are alike in device, type and shape, to copy them at once.
+    """Stack tensors of L layers that are alike in device and shape, to copy them at once.
 
     Returns:
         (indices of the layers, [l, ...] stacked) for each kind.
     """
-    first = tensors[0]
-    if all(_is_alike(tensor, first) for tensor in tensors):
-        return [(list(range(len(tensors))), torch.stack(list(tensors)))]
-    kinds: dict[Any, list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        kinds.setdefault((tensor.device, tensor.dtype, tensor.shape), []).append(i)
-    return [(places, torch.stack([tensors[i] for i in places])) for places in kinds.values()]
+    try:
+        return [(list(range(len(tensors))), torch.stack(tensors))]  # type: ignore[arg-type]
+    except RuntimeError:
+        kinds: dict[Any, list[int]] = {}
+        for i, tensor in enumerate(tensors):
+            kinds.setdefault((tensor.device, tensor.shape), []).append(i)
+        return [(places, torch.stack([tensors[i] for i in places])) for places in kinds.values()]
 
 
 def narrow(ids: Tensor, num_experts: int) -> Tensor:
@@ -72,8 +72,9 @@ def narrow(ids: Tensor, num_experts: int) -> Tensor:
     return ids.to(torch.int16 if num_experts <= np.iinfo(np.int16).max // 2 else torch.int32)
 
 
-def _is_alike(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype is b.dtype and a.device == b.device
+def own(tensor: Tensor) -> Tensor:
+    """A tensor of the user's that they may change later: on the CPU, a copy of it."""
+    return tensor.clone() if tensor.device.type == "cpu" else tensor
 
 
 def _to_numpy(tensor: Tensor) -> NDArray[Any]:

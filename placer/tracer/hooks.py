@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from placer.errors import PlacerError
-from placer.tracer.readers import ReadIds, Routing
+from placer.tracer.readers import ReadIds
 from placer.tracer.sites import Layout, Site
 
 
@@ -17,7 +17,9 @@ class SiteHooks:
     """Reads the calls of all sites of a layout; nothing is changed and nothing waits."""
 
     def __init__(self, layout: Layout) -> None:
-        self._layout = layout
+        self._sites = layout.sites
+        self._order = tuple(range(len(layout.sites)))
+        self._has_other_order = False
         self._calls: list[tuple[int, Any, Any]] = []
         self._handles = [_attach(site, i, self._calls) for i, site in enumerate(layout.sites)]
 
@@ -29,22 +31,30 @@ class SiteHooks:
         """Forget the calls so far."""
         self._calls.clear()
 
-    def take(self) -> list[Routing]:
-        """The routing [L] of the pass that has ended."""
-        routing: list[Routing | None] = [None] * len(self._layout.sites)
-        for i, ids, weights in self._calls:
-            if routing[i] is not None:
-                raise PlacerError(f"{self._layout.sites[i].name} was called twice in one pass")
-            routing[i] = (ids, weights)
+    def take(self) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
+        """Ids and weights of the L layers in the pass that has ended."""
+        calls = sorted(self._calls, key=_number) if self._has_other_order else self._calls
+        order, ids, weights = zip(*calls, strict=True) if calls else ((), (), ())
+        if order != self._order:
+            if not self._has_other_order and len(order) == len(self._order):
+                self._has_other_order = True  # layers may run in another order than their numbers
+                return self.take()
+            self._refuse(order)
         self._calls.clear()
-        found = [one for one in routing if one is not None]
-        if len(found) < len(routing):
-            missing = self._layout.sites[routing.index(None)].name
-            raise PlacerError(
-                f"{missing} was not called in a forward pass, as it was in the first one",
-                "trace without torch.compile and CUDA graphs, whose code goes round hooks",
-            )
-        return found
+        return ids, weights
+
+    def _refuse(self, order: tuple[int, ...]) -> NoReturn:
+        counts = [order.count(i) for i in self._order]
+        i = next(i for i, count in enumerate(counts) if count != 1)
+        raise PlacerError(
+            f"{self._sites[i].name} was called {counts[i]} times in a forward pass, once in the "
+            "first one",
+            "trace without torch.compile and CUDA graphs, whose code goes round hooks",
+        )
+
+
+def _number(call: tuple[int, Any, Any]) -> int:
+    return call[0]
 
 
 def _attach(site: Site, i: int, calls: list[tuple[int, Any, Any]]) -> RemovableHandle:

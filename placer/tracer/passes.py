@@ -15,8 +15,7 @@ from torch import Tensor
 
 from placer.errors import PlacerError, UsageError
 from placer.trace import DECODE, PREFILL
-from placer.tracer.copies import HostCopy, narrow, stack_layers
-from placer.tracer.readers import Routing
+from placer.tracer.copies import HostCopy, narrow, own, stack_layers
 from placer.tracer.sequences import Sequences
 from placer.tracer.sites import Layout
 
@@ -69,22 +68,40 @@ class Pass:
     num_prompt_columns: int | None = None
     first_new: int = 0
 
-    def start_copy(self, layout: Layout, routing: Sequence[Routing]) -> None:
-        """Send the routing [L] and what is needed to understand it to the host."""
-        ids = stack_layers([narrow(ids, layout.num_experts) for ids, _ in routing])
-        gates = [weights for _, weights in routing if weights is not None]
-        weights = stack_layers(gates) if len(gates) == len(routing) else []
+    def start_copy(
+        self, layout: Layout, ids: Sequence[Tensor], weights: Sequence[Tensor | None]
+    ) -> None:
+        """Send the routing of the L layers, and what is needed to read it, to the host."""
+        stacked = stack_layers(ids)
+        self.num_tokens = self._check_num_tokens(layout, stacked)
+        gates = stack_layers(weights) if layout.has_weights else []  # type: ignore[arg-type]
         context = [self.valid, self.prefix, self.tokens]
-        self._ids = [places for places, _ in ids]
-        self._weights = [places for places, _ in weights]
+        self.valid = self.prefix = self.tokens = None
+        self._ids = [places for places, _ in stacked]
+        self._weights = [places for places, _ in gates]
         self._context = [tensor is not None for tensor in context]
         self._copy = HostCopy(
-            [stacked for _, stacked in (*ids, *weights)]
-            + [tensor for tensor in context if tensor is not None]
+            [narrow(values, layout.num_experts) for _, values in stacked]
+            + [values for _, values in gates]
+            + [own(tensor) for tensor in context if tensor is not None]
         )
-        self.valid = self.prefix = self.tokens = None
-        first = ids[0][1]
-        self.num_tokens = first.numel() // (len(ids[0][0]) * first.shape[-1])
+
+    def _check_num_tokens(self, layout: Layout, stacked: Sequence[tuple[list[int], Tensor]]) -> int:
+        """N; refuses a pass whose layers did not all get all tokens."""
+        expected = None
+        if self.num_rows is not None and self.num_columns is not None:
+            expected = self.num_rows * self.num_columns
+        for places, values in stacked:
+            num_tokens = values.numel() // (values.shape[0] * values.shape[-1])
+            expected = num_tokens if expected is None else expected
+            if num_tokens != expected:
+                raise PlacerError(
+                    f"{layout.sites[places[0]].name} got {num_tokens} of the {expected} tokens of "
+                    "a forward pass, so which token is which cannot be told",
+                    "trace text without images, or choose other layers with routers=",
+                )
+        assert expected is not None
+        return expected
 
     def is_copied(self) -> bool:
         return self._copy.is_done()
@@ -167,22 +184,6 @@ class Pass:
         else:
             is_decode = np.full(num_columns, self.past > 0 and num_columns == 1)
         return np.where(is_decode, np.uint8(DECODE), np.uint8(PREFILL))
-
-
-def check_num_tokens(found: Pass, layout: Layout, routing: Sequence[Routing]) -> None:
-    """Refuse a pass whose layers did not all get all tokens."""
-    expected = None
-    if found.num_rows is not None and found.num_columns is not None:
-        expected = found.num_rows * found.num_columns
-    for site, (ids, _) in zip(layout.sites, routing, strict=True):
-        num_tokens = ids.numel() // ids.shape[-1]
-        expected = num_tokens if expected is None else expected
-        if num_tokens != expected:
-            raise PlacerError(
-                f"{site.name} got {num_tokens} of the {expected} tokens of a forward pass, so "
-                "which token is which cannot be told",
-                "trace text without images, or choose other layers with routers=",
-            )
 
 
 def _place(

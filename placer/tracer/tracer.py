@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from numpy.typing import ArrayLike
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from placer.errors import PlacerError, UsageError
@@ -24,7 +24,7 @@ from placer.tracer.discovery import Discovery, Experts
 from placer.tracer.generation import GenerateCall, wrap_generate
 from placer.tracer.hooks import SiteHooks
 from placer.tracer.inputs import InputReader, Inputs
-from placer.tracer.passes import Pass, check_num_tokens
+from placer.tracer.passes import Pass
 from placer.tracer.sinks import FolderSink, MemorySink, Sink
 from placer.tracer.sites import Layout
 
@@ -123,7 +123,7 @@ class Tracer:
         self._handles: dict[str, list[RemovableHandle]] = {}
         self._undo_generate: Callable[[], None] = lambda: None
         self._marked: list[nn.Module] = []
-        self._running: tuple[nn.Module, Pass, Inputs] | None = None
+        self._running: tuple[str, Pass, Inputs] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -248,13 +248,13 @@ class Tracer:
         read = InputReader(module)
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._running is None or self._was_cut_off(module):
-                self._start(module, read(args, kwargs))
+            if self._running is None or self._was_cut_off(name):
+                self._start(name, read(args, kwargs))
 
         def after(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         ) -> None:
-            if self._running is not None and self._running[0] is module:
+            if self._running is not None and self._running[0] == name:
                 self._end(output)
 
         self._handles[name] = [
@@ -262,13 +262,13 @@ class Tracer:
             module.register_forward_hook(after, with_kwargs=True, always_call=True),
         ]
 
-    def _was_cut_off(self, module: nn.Module) -> bool:
+    def _was_cut_off(self, name: str) -> bool:
         """Whether the pass that seems to run was ended by an interrupt, which calls no hooks."""
         assert self._running is not None
         running = self._running[0]
-        return running is module or any(inner is running for inner in module.modules())
+        return running == name or not name or running.startswith(f"{name}.")
 
-    def _start(self, module: nn.Module, inputs: Inputs) -> None:
+    def _start(self, name: str, inputs: Inputs) -> None:
         if torch.compiler.is_compiling():
             raise UsageError(
                 "the model is being compiled, which goes round hooks",
@@ -282,7 +282,7 @@ class Tracer:
             self._discovery.watch.reset()
             if found.num_rows is not None and found.num_columns is not None:
                 self._discovery.watch.num_tokens = found.num_rows * found.num_columns
-        self._running = (module, found, inputs)
+        self._running = (name, found, inputs)
 
     def _end(self, output: Any) -> None:
         assert self._running is not None
@@ -293,15 +293,15 @@ class Tracer:
         if self._discovery is not None:
             layout, routing = self._discovery.finish()
             self._keep(layout)
+            ids: Sequence[Tensor] = [one[0] for one in routing]
+            weights: Sequence[Tensor | None] = [one[1] for one in routing]
         else:
             assert self._hooks is not None
-            routing = self._hooks.take()
+            ids, weights = self._hooks.take()
         assert self.layout is not None
         assert self._assembly is not None
-        check_num_tokens(found, self.layout, routing)
-        ids = routing[0][0]
-        self._books.finish(found, inputs, output, ids.numel() // ids.shape[-1])
-        found.start_copy(self.layout, routing)
+        found.start_copy(self.layout, ids, weights)
+        self._books.finish(found, inputs, output)
         self._assembly.add(found)
         if self.on_pass is not None:
             self.on_pass()
