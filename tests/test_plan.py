@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -150,3 +151,11 @@ def test_a_baseline_of_other_layers_is_refused(plan, tmp_path):
     write_plan(replace(plan, layer_ids=(3, 8)), path)
     with pytest.raises(UsageError, match="other layers"):
         baseline_placement(str(path), plan)
+
+
+def test_every_key_of_the_file_is_documented(plan):
+    page = (Path(__file__).parent.parent / "docs" / "plans.md").read_text()
+    for key in plan.to_document():
+        assert key in page, key
+    for key in plan.certificate:
+        assert key in page, key

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from placer.trace import ModelDims, open_trace, write_npz
 
 from .running import fails, run, succeeds, usage_error
 
+GPT_OSS = Path(__file__).parents[3] / "shared" / "traces" / "gpt_oss_20b_decode.npz"
 SMALL_CLUSTER = """
 format = "placer.cluster"
 schema_version = 1
@@ -339,3 +341,17 @@ def test_warnings_go_to_stderr_and_brackets_print_as_they_are(trace, tmp_path):
     assert outcome.document()["path"] == str(output)
     assert "plan[bold].json" in succeeds("inspect", output).stdout
     assert open_trace(odd).num_tokens == trace.num_tokens
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not GPT_OSS.exists(), reason="needs a trace of GPT-OSS-20B")
+@pytest.mark.parametrize(("dispatch", "least_saving"), [("alltoall", 0.13), ("coherent", 0.2)])
+def test_a_real_trace_gets_a_plan_that_saves_messages_on_held_out_requests(
+    tmp_path, dispatch, least_saving
+):
+    path = tmp_path / "plan.json"
+    succeeds("solve", GPT_OSS, "--gpus", 8, "--dispatch", dispatch, "-o", path)
+    prediction = json.loads(path.read_text())["prediction"]
+    change = prediction["change"]["contiguous"]
+    assert change[f"messages_{dispatch}"]["change_high"] < -least_saving
+    assert change["imbalance"]["change_high"] < 0
