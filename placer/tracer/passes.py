@@ -172,6 +172,7 @@ class Pass:
             last = None if tokens is None else tokens[:, -1]
             ended = self.sequences.mark_ended(last, self.stop_tokens)
             return counted & ~ended[:, None]
+        self.sequences.revive()
         return counted
 
     def _phase(self, num_columns: int) -> NDArray[np.uint8]:

@@ -214,6 +214,29 @@ def test_next_turn_of_a_chat_goes_on_with_the_request(model: Any) -> None:
     assert by_request(tracer.trace()) == {0: expected}
 
 
+def test_rows_that_were_over_go_on_in_the_next_turn(model: Any) -> None:
+    inputs = prompt([3, 3], 3, seed=5)
+    free = model.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    options = {"do_sample": False, "past_key_values": DynamicCache(config=model.config)}
+    with capture(model) as tracer:
+        answer = model.generate(
+            **inputs, max_new_tokens=6, eos_token_id=int(free[0, 4]), pad_token_id=0, **options
+        )
+        more = torch.cat([answer, torch.tensor([[11], [12]])], dim=1)
+        mask = torch.ones_like(more)
+        mask[0, 5:-1] = 0  # what was padded after the end
+        model.generate(
+            input_ids=more,
+            attention_mask=mask,
+            max_new_tokens=3,
+            eos_token_id=None,
+            **options,
+        )
+    trace = tracer.trace()
+    last_decode = trace.select((trace.phase == DECODE) & (trace.step == trace.step.max()))
+    assert last_decode.request.tolist() == [0, 1]
+
+
 def test_two_batches_in_turn_are_told_apart_by_their_caches(model: Any) -> None:
     with capture(model) as tracer, torch.no_grad():
         a = model(**prompt([2, 3], 3), use_cache=True).past_key_values
