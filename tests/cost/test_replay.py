@@ -43,7 +43,9 @@ def assert_same(found, expected):
     variable_k=st.booleans(),
     num_layers=st.sampled_from([1, 2, 5]),
     num_requests=st.sampled_from([1, 2, 9]),
-    shape=st.sampled_from([(4, 2, 2), (4, 4, 3), (6, 3, 2), (1, 1, 8), (3, 1, 5), (8, 8, 1)]),
+    shape=st.sampled_from(
+        [(4, 2, 2), (4, 4, 3), (6, 3, 2), (6, 2, 3), (8, 2, 2), (1, 1, 8), (3, 1, 5), (8, 8, 1)]
+    ),
     dispatch=st.sampled_from(["alltoall", "coherent", "allgather"]),
     policy=st.sampled_from(["local", "round_robin"]),
     batch_tokens=st.sampled_from([1, 7, 20, 256]),
