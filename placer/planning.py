@@ -361,7 +361,7 @@ def refuse_broken_cap(result: Result, settings: Settings) -> None:
         f"imbalance at most {settings.max_imbalance}; the least that {settings.solver} found is "
         f"{result.parts['imbalance']:.4f}"
     )
-    looser = "a higher --max-imbalance, or another slot per rank for replicas"
+    looser = "a higher --max-imbalance (none lifts it), or another slot per rank for replicas"
     if result.termination == "time_limit":
         raise TimeLimitError(
             f"the time limit passed before there was a placement with {found}",

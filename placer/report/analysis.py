@@ -28,7 +28,7 @@ def analysis_tables(document: Mapping[str, Any]) -> list[RenderableType]:
     table = plain_table(
         f"{escape(document['path'])}: {overall['num_tokens']:,} tokens, "
         f"{overall['num_layers']} layers x {overall['num_experts']} experts, "
-        f"{overall['experts_per_token']['mean']:.2f} per token",
+        f"{number(overall['experts_per_token']['mean'], 2)} per token",
     )
     for header in ("figure", "mean", "least", "most", "by layer"):
         table.add_column(header, no_wrap=True)

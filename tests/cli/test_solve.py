@@ -343,6 +343,58 @@ def test_warnings_go_to_stderr_and_brackets_print_as_they_are(trace, tmp_path):
     assert open_trace(odd).num_tokens == trace.num_tokens
 
 
+def one_layer(trace):
+    return replace(trace, experts=trace.experts[:, :1], layer_ids=trace.layer_ids[:1])
+
+
+def a_layer_without_tokens(trace):
+    experts = trace.experts.copy()
+    experts[:, 2] = -1
+    return replace(trace, experts=experts)
+
+
+def no_expert_at_all(trace):
+    return replace(trace, experts=np.full_like(trace.experts, -1))
+
+
+def tokens_with_fewer_experts(trace):
+    experts = trace.experts.copy()
+    experts[::3, :, 2:] = -1
+    experts[::7, 1] = -1
+    return replace(trace, experts=experts)
+
+
+@pytest.mark.parametrize("dispatch", ["alltoall", "coherent"])
+@pytest.mark.parametrize(
+    "odd", [one_layer, a_layer_without_tokens, no_expert_at_all, tokens_with_fewer_experts]
+)
+def test_odd_but_sound_traces_go_all_the_way(trace, tmp_path, odd, dispatch):
+    path, plan = saved(tmp_path, odd(trace)), tmp_path / "plan.json"
+    succeeds("solve", path, "--gpus", 4, "--slots-per-rank", 5, "--dispatch", dispatch,
+             "--max-imbalance", "none", "-o", plan)  # fmt: skip
+    document = succeeds("evaluate", plan, path, "--all", "--json").document()
+    assert document == json.loads(plan.read_text())["prediction"]
+    succeeds("evaluate", plan, path, "--all")
+    succeeds("analyze", path)
+    succeeds("inspect", path)
+
+
+def test_one_rank_sends_nothing_and_that_is_optimal(trace_folder, tmp_path):
+    path = tmp_path / "plan.json"
+    succeeds("solve", trace_folder, "--gpus", 1, "-o", path)
+    document = json.loads(path.read_text())
+    assert document["certificate"]["value"] == 0.0
+    assert document["certificate"]["status"] == "optimal"
+
+
+def test_a_default_cap_that_cannot_be_kept_says_how_to_lift_it(trace_folder, tmp_path):
+    """An expert on every rank: nothing is left to balance."""
+    path = tmp_path / "plan.json"
+    error = fails(3, tmp_path, "solve", trace_folder, "--gpus", 16, "-o", path)
+    assert "none lifts it" in error
+    succeeds("solve", trace_folder, "--gpus", 16, "--max-imbalance", "none", "-o", path)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not GPT_OSS.exists(), reason="needs a trace of GPT-OSS-20B")
 @pytest.mark.parametrize(("dispatch", "least_saving"), [("alltoall", 0.13), ("coherent", 0.2)])
