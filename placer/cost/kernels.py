@@ -183,14 +183,10 @@ def count(
     num_nodes = num_ranks // ranks_per_node
     node_of = np.arange(num_ranks) // ranks_per_node
     has_weights = weights.shape[0] > 0
-    # Row l % 2 belongs to layer l: an entry is valid where the stamp is the layer's.
-    seen = np.zeros((2, num_ranks), np.int64)
+    # Row l % 2 holds how often layer l's pairs hit each rank or node; all zeros between tokens.
     times = np.zeros((2, num_ranks), np.int64)
-    seen_node = np.zeros((2, num_nodes), np.int64)
     times_node = np.zeros((2, num_nodes), np.int64)
-    stamp = 1
     for t in range(num_tokens):
-        stamp += 1
         alltoall_home = home[t]
         coherent_home = home[t]
         row = sums[block[t]]
@@ -210,7 +206,6 @@ def count(
         cross_weighted = 0.0
         cross_node_weighted = 0.0
         for l in range(num_layers):  # noqa: E741
-            stamp += 1
             now = l & 1
             before = 1 - now
             used_k = 0
@@ -226,17 +221,10 @@ def count(
                 group_loads[l, g] += 1
                 if primary < 0 or (has_weights and weights[t, l, k] > weights[t, l, primary]):
                     primary = k
-                if seen[now, g] != stamp:
-                    seen[now, g] = stamp
-                    times[now, g] = 0
-                    num_here += 1
+                num_here += times[now, g] == 0
                 times[now, g] += 1
-                if seen[before, g] == stamp - 1:
-                    same += times[before, g]
-            if used_k == 0:
-                previous_k = 0
-                continue
-            num_nodes_here = 1
+                same += times[before, g]
+            num_nodes_here = min(used_k, 1)
             same_node = used_k * previous_k
             if num_nodes > 1:
                 num_nodes_here = 0
@@ -245,22 +233,21 @@ def count(
                     if served[t, l, k] < 0:
                         continue
                     n = node_of[served[t, l, k]]
-                    if seen_node[now, n] != stamp:
-                        seen_node[now, n] = stamp
-                        times_node[now, n] = 0
-                        num_nodes_here += 1
+                    num_nodes_here += times_node[now, n] == 0
                     times_node[now, n] += 1
-                    if seen_node[before, n] == stamp - 1:
-                        same_node += times_node[before, n]
-                node_messages += num_nodes_here - (seen_node[now, node_of[alltoall_home]] == stamp)
-                at_home = seen_node[now, node_of[coherent_home]] == stamp
-                node_coherent += 2 * num_nodes_here - 1 - at_home
-            span += num_here
-            node_span += num_nodes_here
-            messages += num_here - (seen[now, alltoall_home] == stamp)
-            coherent += 2 * num_here - 1 - (seen[now, coherent_home] == stamp)
-            coherent_home = served[t, l, primary]
-            if previous_k > 0:
+                    same_node += times_node[before, n]
+            if used_k > 0:
+                span += num_here
+                messages += num_here - (times[now, alltoall_home] > 0)
+                coherent += 2 * num_here - 1 - (times[now, coherent_home] > 0)
+                node_span += num_nodes_here
+                if num_nodes > 1:
+                    at_home = times_node[now, node_of[alltoall_home]] > 0
+                    node_messages += num_nodes_here - at_home
+                    at_home = times_node[now, node_of[coherent_home]] > 0
+                    node_coherent += 2 * num_nodes_here - 1 - at_home
+                coherent_home = served[t, l, primary]
+            if used_k > 0 and previous_k > 0:
                 both = used_k * previous_k
                 pairs += both
                 cross += both - same
@@ -269,6 +256,12 @@ def count(
                 cross_weighted += (both - same) / both
                 cross_node_weighted += (both - same_node) / both
             previous_k = used_k
+            for k in range(top_k):
+                if l > 0 and served[t, l - 1, k] >= 0:
+                    times[before, served[t, l - 1, k]] = 0
+                    times_node[before, node_of[served[t, l - 1, k]]] = 0
+        times[:] = 0
+        times_node[:] = 0
         row[_TOKEN_LAYERS] += num_layers
         row[_SPAN] += span
         row[_MESSAGES_ALLTOALL] += messages
