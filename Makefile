@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := placer solvers tests examples benchmarks
 
-.PHONY: demo test test-slow check lint types bench clean
+.PHONY: demo test test-slow check lint types bench traces clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,15 @@ check: lint types test  ## what .ci/run runs
 
 bench: $(READY)  ## every benchmark, ratios against a peer or a bound
 	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+
+WORKLOADS := $(basename $(notdir $(wildcard examples/prompts/*.jsonl)))
+
+traces: $(READY)  ## capture the canned traces anew from the shipped model
+	for name in $(WORKLOADS); do \
+		OMP_NUM_THREADS=1 $(BIN)/placer trace examples/model \
+			--prompts examples/prompts/$$name.jsonl --max-new-tokens 48 --batch-size 16 \
+			--dtype float32 --temperature 1 --seed 0 --force -o traces/$$name || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache

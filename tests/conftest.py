@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,9 @@ import pytest
 
 from placer.trace import ModelDims, Trace, make_trace, write_npz
 from placer.trace.importing import write_trace
+
+# Tiny models on a busy machine: torch's threads would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 NUM_LAYERS, NUM_EXPERTS, TOP_K = 6, 16, 4
 LABELS = ("code", "prose", "maths")

@@ -38,6 +38,9 @@ def trace(
     weights: Annotated[bool, typer.Option("--weights", help="Keep gate weights.")] = False,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16, ...")] = "auto",
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, help="Of sampling; 0 = greedy.")
+    ] = 0.0,
     seed: options.Seed = 0,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint brings.")
@@ -78,6 +81,7 @@ def trace(
             device=device,
             dtype=dtype,
             seed=seed,
+            temperature=temperature,
             trust_remote_code=trust_remote_code,
             force=force,
             progress=report,
