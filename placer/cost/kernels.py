@@ -90,6 +90,7 @@ def serve_local(
     num_tokens, num_layers, top_k = experts.shape
     num_ranks = running.shape[2]
     has_weights = weights.shape[0] > 0
+    node_of = np.arange(num_ranks) // ranks_per_node
     used = np.zeros(num_ranks, np.int64)
     used_node = np.zeros(num_ranks // ranks_per_node, np.int64)
     stamp = 0
@@ -98,7 +99,7 @@ def serve_local(
         for l in range(num_layers):  # noqa: E741
             stamp += 1
             load = running[batch[t], l]
-            used_node[h // ranks_per_node] = stamp
+            used_node[node_of[h]] = stamp
             for k in range(top_k):  # step 1: a copy on the home rank
                 e = experts[t, l, k]
                 served[t, l, k] = -1
@@ -118,7 +119,7 @@ def serve_local(
                 served[t, l, k] = g
                 load[g] += 1
                 used[g] = stamp
-                used_node[g // ranks_per_node] = stamp
+                used_node[node_of[g]] = stamp
             for k in range(top_k):  # step 3: used rank, then touched node, then least loaded
                 e = experts[t, l, k]
                 if e < 0 or served[t, l, k] >= 0:
@@ -129,7 +130,7 @@ def serve_local(
                     g = ranks[l, e, c]
                     if used[g] == stamp:
                         tier = 0
-                    elif used_node[g // ranks_per_node] == stamp:
+                    elif used_node[node_of[g]] == stamp:
                         tier = 1
                     else:
                         tier = 2
@@ -139,7 +140,7 @@ def serve_local(
                 served[t, l, k] = best
                 load[best] += 1
                 used[best] = stamp
-                used_node[best // ranks_per_node] = stamp
+                used_node[node_of[best]] = stamp
             if coherent:
                 primary = -1
                 for k in range(top_k):
