@@ -15,6 +15,7 @@ integers, so that both count exactly.
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -144,28 +145,31 @@ def _solve_cbc(
 ) -> Answer:
     import pulp
 
-    model = pulp.LpProblem("placement", pulp.LpMaximize)
-    x = [pulp.LpVariable(f"x{v}", cat="Binary") for v in range(program.num_variables)]
-    model += pulp.lpSum(weight * x[v] for v, weight in program.weights.items())
-    for variables, consequence in program.implications:
-        model += pulp.lpSum(x[v] for v in variables) - x[consequence] <= len(variables) - 1
-    for variables, number in program.totals:
-        model += pulp.lpSum(x[v] for v in variables) == number
-    for variable, value in zip(x, start, strict=True):
-        variable.setInitialValue(int(value))
-    seconds = budget.remaining()
-    model.solve(
-        pulp.PULP_CBC_CMD(
-            msg=False,
-            warmStart=True,
-            timeLimit=None if seconds == float("inf") else max(1.0, seconds),
-            maxNodes=max(1, round(effort * _CBC_NODES_PER_EFFORT)),
-            gapRel=0.0,
+    with warnings.catch_warnings():
+        # PuLP 3 announces names of PuLP 4 that PuLP 2 lacks
+        warnings.simplefilter("ignore", DeprecationWarning)
+        model = pulp.LpProblem("placement", pulp.LpMaximize)
+        x = [pulp.LpVariable(f"x{v}", cat="Binary") for v in range(program.num_variables)]
+        model += pulp.lpSum(weight * x[v] for v, weight in program.weights.items())
+        for variables, consequence in program.implications:
+            model += pulp.lpSum(x[v] for v in variables) - x[consequence] <= len(variables) - 1
+        for variables, number in program.totals:
+            model += pulp.lpSum(x[v] for v in variables) == number
+        for variable, value in zip(x, start, strict=True):
+            variable.setInitialValue(int(value))
+        seconds = budget.remaining()
+        model.solve(
+            pulp.PULP_CBC_CMD(
+                msg=False,
+                warmStart=True,
+                timeLimit=None if seconds == float("inf") else max(1.0, seconds),
+                maxNodes=max(1, round(effort * _CBC_NODES_PER_EFFORT)),
+                gapRel=0.0,
+            )
         )
-    )
     if model.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
         return Answer(None, None, False)
     values = np.array([variable.value() > 0.5 for variable in x], bool)
     optimal = model.sol_status == pulp.LpSolutionOptimal
-    value = float(sum(weight for v, weight in program.weights.items() if values[v]))
-    return Answer(values, value if optimal else None, optimal)
+    objective = float(sum(weight for v, weight in program.weights.items() if values[v]))
+    return Answer(values, objective if optimal else None, optimal)

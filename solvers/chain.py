@@ -82,7 +82,7 @@ def keep_flow(
     """
     num_layers = len(flow) + 1
     best = contiguous_ranks(num_layers, sizes)
-    if budget.expired():
+    if budget.expired() or np.count_nonzero(sizes) == 1:
         return best
     best = _improve(flow, best, sizes, budget)
     pool = [best]

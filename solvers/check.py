@@ -363,10 +363,10 @@ def _pairwise_surrogate(problem: Problem, copies: NDArray[np.bool_]) -> dict[str
 
     With k experts per token and x the share of co-activated pairs cut, the span is taken to be
     1 + (k - 1) x: linear in the pairs kept, exact when all or none are. alltoall sends
-    span x (1 - 1/G) messages. coherent sends 2 span - 1 - P(the home rank is used); the last is 1/G
-    in the first layer and where `primary_affinity` is absent, else min(1, m span / k), where m is
-    the mean number of experts on the home rank (span / k is the reciprocal of the mean number of
-    experts on a used rank).
+    span x (1 - 1/G) messages. coherent sends 2 span - 1 - P(the home rank is used); the last is
+    span / G, at most 1, in the first layer and where `primary_affinity` is absent, else
+    min(1, m span / k), where m is the mean number of experts on the home rank (span / k is the
+    reciprocal of the mean number of experts on a used rank).
     """
     coactivation = problem.coactivation
     assert coactivation is not None
@@ -378,7 +378,7 @@ def _pairwise_surrogate(problem: Problem, copies: NDArray[np.bool_]) -> dict[str
         span = 1.0 + (per_token - 1.0) * share
         if problem.dispatch != "coherent":
             return float(span.mean()), float(span.mean()) * (1 - 1 / num_groups)
-        at_home = span / num_groups
+        at_home = np.minimum(1.0, span / num_groups)
         if problem.primary_affinity is not None:
             for layer, flow in enumerate(problem.primary_affinity):
                 total = float(flow.sum()) / per_token[layer + 1]

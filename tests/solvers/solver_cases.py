@@ -5,8 +5,10 @@ Nothing here shares code with `solvers`, but for the classes.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 from hypothesis import strategies as st
@@ -56,7 +58,7 @@ def topic_tokens(
     num_topics: int = 4,
 ) -> np.ndarray:
     """[T, L, K] tokens whose hidden topic has a few favourite experts in every layer."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng([seed, 1618])  # numbers that no solver happens to draw as well
     favourites = np.stack(
         [
             rng.permutation(num_experts).reshape(num_topics, num_experts // num_topics)
@@ -137,14 +139,25 @@ def random_placement(problem: Problem, rng: np.random.Generator) -> np.ndarray:
 
 def layer_placements(problem: Problem) -> list[np.ndarray]:
     """Every sound placement [S] of one layer, copies included, up to the order within a rank."""
-    ranks = range(problem.num_ranks)
+    rows = _layer_placements(problem.num_experts, problem.num_ranks, problem.slots_per_rank)
+    return [np.array(row, np.int64) for row in rows]
+
+
+@functools.cache
+def _layer_placements(num_experts: int, num_ranks: int, slots: int) -> list[tuple[int, ...]]:
+    ranks = range(num_ranks)
     choices = [c for n in ranks for c in itertools.combinations(ranks, n + 1)]
-    found = []
-    for copies in itertools.product(choices, repeat=problem.num_experts):
-        held = [[e for e, where in enumerate(copies) if g in where] for g in ranks]
-        if max(map(len, held)) <= problem.slots_per_rank:
-            rows = [row + [-1] * (problem.slots_per_rank - len(row)) for row in held]
-            found.append(np.array(rows, np.int64).ravel())
+    found: list[tuple[int, ...]] = []
+
+    def place(expert: int, held: list[list[int]]) -> None:
+        if expert == num_experts:
+            found.append(tuple(e for row in held for e in row + [-1] * (slots - len(row))))
+            return
+        for copies in choices:
+            if all(len(held[g]) < slots for g in copies):
+                place(expert + 1, [row + [expert] * (g in copies) for g, row in enumerate(held)])
+
+    place(0, [[] for _ in ranks])
     return found
 
 
@@ -261,3 +274,29 @@ def reference(problem: Problem, placement: np.ndarray) -> dict[str, float]:
     figures["imbalance_batch"] = float(np.mean(ratios)) if ratios else 1.0
     figures["imbalance_batch_p95"] = float(np.quantile(ratios, 0.95)) if ratios else 1.0
     return figures
+
+
+def split_by_request(
+    path: Path, num_ranks: int, max_tokens: int, slots_per_rank: int | None = None, **others
+) -> tuple[Problem, Problem]:
+    """Problems of a random half of a trace's requests and of the other half."""
+    with np.load(path) as trace:
+        experts, request = trace["experts"], trace["request"].astype(np.int64)
+        num_experts = int(trace["num_experts"])
+    rng = np.random.default_rng(0)
+    requests = rng.permutation(np.unique(request))
+    train = np.isin(request, requests[: requests.size // 2])
+    halves = []
+    for part in (train, ~train):
+        rows = np.sort(rng.permutation(np.nonzero(part)[0])[:max_tokens])
+        halves.append(
+            make_problem(
+                experts[rows],
+                num_experts,
+                num_ranks,
+                slots_per_rank or -(-num_experts // num_ranks),
+                home=request[rows] % num_ranks,
+                **others,
+            )
+        )
+    return halves[0], halves[1]
