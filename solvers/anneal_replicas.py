@@ -406,7 +406,7 @@ def serve_layer(
     Args:
         experts: [T, K] expert ids, -1 = unused.
         slots: [S] expert of each slot.
-        home: [T] home rank of each token.
+        home: [T] home rank of each token, -1 where nobody knows.
         load: [G] float64, filled with the pairs that each rank serves.
 
     Returns:
@@ -455,7 +455,7 @@ def serve_layer(
                 node = rank // ranks_per_node
                 if used[rank] == stamp:
                     tier = 0
-                elif used_node[node] == stamp or node == start // ranks_per_node:
+                elif used_node[node] == stamp or (start >= 0 and node == start // ranks_per_node):
                     tier = 1
                 else:
                     tier = 2
@@ -469,6 +469,6 @@ def serve_layer(
             if used[rank] == stamp and rank != start:
                 messages += 1
         for node in range(num_nodes):
-            if used_node[node] == stamp and node != start // ranks_per_node:
+            if used_node[node] == stamp and (start < 0 or node != start // ranks_per_node):
                 node_messages += 1
     return messages, node_messages

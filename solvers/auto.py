@@ -16,6 +16,8 @@ from solvers.result import Solution
 @register("auto", source="placer", replicates=True)
 def auto(problem: Problem, seed: int, budget: Budget) -> Solution:
     """Picks solvers by the problem and returns the best plan."""
+    from solvers.solving import keeps_cap
+
     names = ["local_search"]
     if problem.objective == "balance":
         names.append("eplb")
@@ -24,9 +26,7 @@ def auto(problem: Problem, seed: int, budget: Budget) -> Solution:
         solution = get(name).function(problem, seed, budget)
         solution.notes["chosen"] = name
         parts = check.check(problem, solution.placement)
-        cap = problem.max_imbalance
-        broken = cap is not None and parts["imbalance"] > cap * (1 + 1e-9)
-        worth = (broken, check.objective(problem, parts))
+        worth = (not keeps_cap(problem, parts), check.objective(problem, parts))
         if best is None or worth < best[0]:
             best = worth, solution
     assert best is not None

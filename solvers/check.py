@@ -3,12 +3,12 @@
 No solver shares this code. It recomputes everything from the problem's arrays, so its figures are
 in-sample: they describe the data that the placement was fitted to.
 
-Which copy serves a token. An expert with one copy is served there. An expert with several copies is
-served on the token's home rank if a copy is there, else on a rank that the token uses anyway (for
-its single-copy experts, for experts served at home, or for an earlier expert of its list), else on
-the copy whose rank has the least load; among several used ranks also the one with the least load.
-A rank's load is static here: that of the problem, a replicated expert's split evenly over its
-copies; ties go to the lower rank.
+Which copy serves a token (the replica policy `local` of docs/metrics.md). An expert with one copy
+is served there. An expert with several copies is served on the token's home rank if a copy is
+there, else on a rank that the token uses anyway (for its single-copy experts, for experts served at
+home, or for an earlier expert of its list), else on a rank of a node that it touches anyway (its
+home's included), else anywhere; each time on the rank that has served least in this layer so far,
+ties to the lower rank. Tokens are served in their order.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ def check(problem: Problem, placement: NDArray[np.integer]) -> dict[str, float]:
     Returns:
         imbalance: mean over layers of max / mean rank load (1 for a layer without load).
         imbalance_max: the same of the worst layer.
+        imbalance_served: with `tokens` and replicas: the same as `imbalance`, of the pairs that
+            each rank serves when every token chooses its copies, under the problem's dispatch.
         max_rank_load: mean over layers of the busiest rank's load, token-expert pairs.
 
         From `tokens`, means over tokens and layers (a token without experts in a layer counts, with
@@ -71,7 +73,7 @@ def check(problem: Problem, placement: NDArray[np.integer]) -> dict[str, float]:
         "max_rank_load": float(worst.mean()),
     }
     if problem.tokens is not None:
-        figures |= _token_figures(problem, copies, rank_load)
+        figures |= _token_figures(problem, copies)
         if problem.batch is not None:
             figures |= _batch_figures(problem.tokens, problem.batch, copies)
     if problem.affinity is not None and problem.num_layers > 1:
@@ -177,37 +179,37 @@ def _any(array: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 @dataclass(frozen=True)
 class _Served:
-    """Sums over tokens and layers."""
+    """Sums over tokens and layers, and the pairs that each rank serves [L, G]."""
 
     span: int
     node_span: int
     messages: float
     node_messages: float
+    pairs: NDArray[np.int64]
 
 
-def _token_figures(
-    problem: Problem, copies: NDArray[np.bool_], rank_load: NDArray[np.float64]
-) -> dict[str, float]:
+def _token_figures(problem: Problem, copies: NDArray[np.bool_]) -> dict[str, float]:
     assert problem.tokens is not None
     count = max(1, problem.tokens.shape[0] * problem.num_layers)
-    alltoall = _serve(problem, "alltoall", copies, rank_load)
-    coherent = _serve(problem, "coherent", copies, rank_load)
+    alltoall = _serve(problem, "alltoall", copies)
+    coherent = _serve(problem, "coherent", copies)
     own = coherent if problem.dispatch == "coherent" else alltoall
-    return {
+    figures = {
         "span": own.span / count,
         "node_span": own.node_span / count,
         "messages_alltoall": alltoall.messages / count,
         "messages_coherent": coherent.messages / count,
         "node_messages": own.node_messages / count,
     }
+    if (copies.sum(axis=2) > 1).any():
+        mean = own.pairs.mean(axis=1)
+        worst = own.pairs.max(axis=1)
+        ratio = np.divide(worst, mean, out=np.ones_like(mean), where=mean > 0)
+        figures["imbalance_served"] = float(ratio.mean())
+    return figures
 
 
-def _serve(
-    problem: Problem,
-    dispatch: Dispatch,
-    copies: NDArray[np.bool_],
-    rank_load: NDArray[np.float64],
-) -> _Served:
+def _serve(problem: Problem, dispatch: Dispatch, copies: NDArray[np.bool_]) -> _Served:
     """Send every token through every layer."""
     tokens, num_ranks = problem.tokens, problem.num_ranks
     assert tokens is not None
@@ -215,10 +217,11 @@ def _serve(
     home = None if problem.home is None else problem.home.astype(np.int64)
     span = node_span = 0
     messages = node_messages = 0.0
+    pairs = np.zeros((problem.num_layers, num_ranks), np.int64)
     for layer in range(problem.num_layers):
         experts = tokens[:, layer, :]
-        order = np.argsort(rank_load[layer], kind="stable")
-        used, served = _choose_copies(experts, copies[layer], order, home)
+        used, served = _choose_copies(experts, copies[layer], home, problem.ranks_per_node)
+        pairs[layer] = np.bincount(served[served >= 0], minlength=num_ranks)
         used_nodes = _any(used.reshape(len(used), problem.num_nodes, -1))
         layer_span, layer_node_span = int(used.sum()), int(used_nodes.sum())
         span += layer_span
@@ -237,49 +240,37 @@ def _serve(
             messages += layer_span - active
             node_messages += layer_node_span - active
             home = _rank_of_primary(problem, layer, experts, served, home)
-    return _Served(span, node_span, messages, node_messages)
+    return _Served(span, node_span, messages, node_messages, pairs)
 
 
 def _choose_copies(
     experts: NDArray[np.integer],
     copies: NDArray[np.bool_],
-    order: NDArray[np.int64],
     home: NDArray[np.int64] | None,
+    ranks_per_node: int,
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     """Serve each token of one layer, see the module's docstring for the rule.
 
     Args:
         experts: [T, K] experts of each token, -1 = unused.
         copies: [E, G] whether a rank holds an expert.
-        order: [G] ranks from the least to the most loaded.
         home: [T] home ranks, or None.
+        ranks_per_node: ranks of one node.
 
     Returns:
         [T, G] whether a token uses a rank, and [T, K] the rank that serves each expert (-1 unused).
     """
-    num_tokens_, width = experts.shape
-    used = np.zeros((num_tokens_, copies.shape[1]), bool)
-    served = np.full((num_tokens_, width), -1, np.int64)
-    single_rank = np.where(copies.sum(axis=1) == 1, copies.argmax(axis=1), -1)
-    for k in range(width):
-        expert = experts[:, k]
-        rank = np.where(expert >= 0, single_rank[expert], -1)
-        if home is not None:
-            at_home = (expert >= 0) & copies[expert, home]
-            rank = np.where(at_home, home, rank)
-        row = np.nonzero(rank >= 0)[0]
-        used[row, rank[row]] = True
-        served[:, k] = rank
-    for k in range(width):
-        row = np.nonzero((experts[:, k] >= 0) & (served[:, k] < 0))[0]
-        if row.size == 0:
-            continue
-        choice = copies[experts[row, k]]
-        preferred = choice & used[row]
-        choice = np.where(preferred.any(axis=1, keepdims=True), preferred, choice)
-        rank = order[choice[:, order].argmax(axis=1)]
-        used[row, rank] = True
-        served[row, k] = rank
+    if (copies.sum(axis=1) > 1).any():
+        from solvers.check_serving import serve
+
+        homes = np.full(len(experts), -1, np.int64) if home is None else home
+        served = serve(np.ascontiguousarray(experts, np.int64), copies, homes, ranks_per_node)
+    else:
+        served = np.where(experts >= 0, copies.argmax(axis=1)[experts], -1)
+    used = np.zeros((len(experts), copies.shape[1]), bool)
+    for k in range(experts.shape[1]):
+        row = np.nonzero(served[:, k] >= 0)[0]
+        used[row, served[row, k]] = True
     return used, served
 
 

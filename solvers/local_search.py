@@ -24,7 +24,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -117,12 +117,7 @@ def _prepare(problem: Problem) -> Layers:
     tokens = problem.tokens
     primary = tokens[:, :, 0] if problem.primary is None else problem.primary
     if problem.num_slots > num_experts and problem.dispatch == "alltoall":
-        stride = -(-tokens.shape[0] // REPLICA_TOKENS)
-        home = None if problem.home is None else problem.home[::stride]
-        problem = replace(
-            problem, tokens=tokens[::stride], primary=primary[::stride], home=home, batch=None
-        )
-        tokens, primary = tokens[::stride], primary[::stride]
+        tokens = tokens[:: -(-tokens.shape[0] // REPLICA_TOKENS)]
     bits = [
         pack_bits(np.ascontiguousarray(tokens[:, layer], dtype=np.int64), num_experts)
         for layer in range(problem.num_layers)
@@ -244,13 +239,13 @@ def _served(layers: Layers, layer: int, slots: Slots) -> Candidate:
     assert problem.tokens is not None
     home = problem.home
     if home is None:
-        home = np.arange(layers.num_tokens) % problem.num_ranks
+        home = np.full(problem.tokens.shape[0], -1, np.int64)
     load = np.zeros(problem.num_ranks)
     messages, node_messages = serve_layer(
         np.ascontiguousarray(problem.tokens[:, layer]), slots, problem.num_experts,
         problem.num_ranks, problem.num_nodes, home, load,
     )  # fmt: skip
-    traffic = (messages + problem.node_weight * node_messages) * layers.token_price
+    traffic = (messages + problem.node_weight * node_messages) / problem.tokens.shape[0]
     return Candidate(slots, traffic, float(load.max() / load.mean()) if load.any() else 1.0)
 
 

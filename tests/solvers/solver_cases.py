@@ -206,7 +206,9 @@ def reference(problem: Problem, placement: np.ndarray) -> dict[str, float]:
                 count += problem.coactivation[layer, i, j]
     figures["coactivation_cut"] = count / total if total else 0.0
 
-    def serve(experts, layer, home):
+    node = lambda g: g // problem.ranks_per_node  # noqa: E731
+
+    def serve(experts, layer, home, running):
         served = {}
         copies = where[layer]
         for e in experts:
@@ -214,14 +216,20 @@ def reference(problem: Problem, placement: np.ndarray) -> dict[str, float]:
                 served[e] = home
             elif len(copies[e]) == 1:
                 (served[e],) = copies[e]
+            if e in served:
+                running[served[e]] += 1
         for e in experts:
             if e not in served:
-                candidates = copies[e] & set(served.values()) or copies[e]
-                served[e] = min(candidates, key=lambda g: (load[layer][g], g))
+                used = set(served.values())
+                nodes = {node(g) for g in used} | ({node(home)} if home is not None else set())
+                near = {g for g in copies[e] if node(g) in nodes}
+                candidates = copies[e] & used or near or copies[e]
+                served[e] = min(candidates, key=lambda g: (running[g], g))
+                running[served[e]] += 1
         return served
 
     sums = dict.fromkeys(("span", "node_span", "alltoall", "coherent", "node_messages"), 0.0)
-    node = lambda g: g // problem.ranks_per_node  # noqa: E731
+    running = {d: [[0] * problem.num_ranks for _ in layers] for d in ("alltoall", "coherent")}
     for t in range(len(problem.tokens)):
         first_home = None if problem.home is None else int(problem.home[t])
         for dispatch in ("alltoall", "coherent"):
@@ -231,7 +239,7 @@ def reference(problem: Problem, placement: np.ndarray) -> dict[str, float]:
             home = first_home
             for layer in layers:
                 experts = [e for e in problem.tokens[t, layer].tolist() if e >= 0]
-                served = serve(experts, layer, home)
+                served = serve(experts, layer, home, running[dispatch][layer])
                 used = set(served.values())
                 nodes = {node(g) for g in used}
                 if home is None:
@@ -262,6 +270,10 @@ def reference(problem: Problem, placement: np.ndarray) -> dict[str, float]:
         "messages_coherent": sums["coherent"] / size,
         "node_messages": sums["node_messages"] / size,
     }
+    if any(len(copies) > 1 for layer in layers for copies in where[layer].values()):
+        own = running["coherent" if problem.dispatch == "coherent" else "alltoall"]
+        ratio = [max(row) / (sum(row) / len(row)) if sum(row) else 1.0 for row in own]
+        figures["imbalance_served"] = sum(ratio) / len(ratio)
     ratios = []
     for number, layer in itertools.product(sorted(set(problem.batch.tolist())), layers):
         row = [0.0] * problem.num_ranks

@@ -54,11 +54,10 @@ def test_renaming_experts_changes_no_figure(problem, seed):
 @given(problems(), SEEDS)
 def test_renaming_nodes_and_the_ranks_of_a_node_changes_no_figure(problem, seed):
     rng = np.random.default_rng(seed)
-    problem = replace(problem, load=problem.load + rng.random(problem.load.shape))
     placement = random_placement(problem, rng)
-    for row in placement.reshape(problem.num_layers, problem.num_ranks, -1):
-        # ties between rank loads go to the lower rank
-        assume(len({frozenset(held[held >= 0]) for held in row}) == problem.num_ranks)
+    for row in placement:  # among equally loaded copies the lower rank serves: its name matters
+        held = row[row >= 0]
+        assume(len(set(held.tolist())) == held.size)
     shape = (problem.num_nodes, problem.ranks_per_node)
     old_rank = rng.permuted(np.arange(problem.num_ranks).reshape(shape), axis=1)
     old_rank = rng.permutation(old_rank).ravel()
