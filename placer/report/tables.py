@@ -122,6 +122,14 @@ def certificate_line(certificate: Mapping[str, Any]) -> str:
     return text + f"; proven lower bound{figure} {number(bound, 4)}{gap}"
 
 
+def gap_text(row: Mapping[str, Any]) -> str:
+    """The proven gap, and of which figure when it is not of the objective."""
+    if row["gap"] is None:
+        return "–"
+    of = row["bound_of"]
+    return f"{row['gap']:.1%}" + ("" if of in (None, "objective") else f" {of.split('_')[0]}")
+
+
 def comparison_table(document: Mapping[str, Any]) -> list[RenderableType]:
     """Every solver on the same held-out tokens; those that failed below."""
     messages = f"messages_{document['dispatch']}"
@@ -151,7 +159,7 @@ def comparison_table(document: Mapping[str, Any]) -> list[RenderableType]:
             with_interval(figures["imbalance"]),
             number(figures["imbalance_batches_p95"]["value"]),
             number(figures["cross_rank_fraction"]["value"]),
-            "–" if row["gap"] is None else f"{row['gap']:.1%}",
+            gap_text(row),
             f"{row['seconds']:.2f} s",
         ]
         table.add_row(*(cell for cell in cells if cell is not None))
