@@ -48,10 +48,10 @@ def demo(
             *tracing_lines(made.summary),
             "",
             *analysis_tables(made.analysis),
-            f"\n[bold]plans for {NUM_RANKS} ranks[/]",
-            *comparison_table(made.comparison),
             "",
             *plan_summary(made.plan_document),
-            escape(f"\nnext: placer evaluate {made.plan} {made.trace} --all"),
+            escape(f"to see more: placer evaluate {made.plan} {made.trace} --all"),
+            f"\n[bold]plans for {NUM_RANKS} ranks[/]",
+            *comparison_table(made.comparison),
         ],
     )
