@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from placer.tracer.passes import Pass
+from placer.tracer.passes import Pass, Rows
 from placer.tracer.sinks import Sink
 from placer.tracer.sites import Layout
 
@@ -53,30 +53,26 @@ class Assembly:
         self._take(wait=True)
 
     def _take(self, *, wait: bool) -> None:
-        ready: list[dict[str, NDArray[Any] | None]] = []
+        ready: list[Rows] = []
         while self._waiting and (wait or self._waiting[0].is_copied()):
             oldest = self._waiting.popleft()
             self._num_waiting_tokens -= oldest.num_tokens
             ready.append(oldest.rows(self._layout))
         if ready:
-            joined = {name: _join([rows[name] for rows in ready]) for name in ready[0]}
-            self._write(joined)
+            self._write(Rows(*(_join(parts) for parts in zip(*ready, strict=True))))
 
-    def _write(self, rows: dict[str, NDArray[Any] | None]) -> None:
-        experts, weights, request = rows["experts"], rows["weights"], rows["request"]
-        assert experts is not None
-        assert request is not None
-        if len(experts) == 0:
+    def _write(self, rows: Rows) -> None:
+        if len(rows.experts) == 0:
             return
-        experts, weights = self._tidy(experts, weights)
-        labels = [self._labels.get(r) for r in request.tolist()] if self._labels else None
+        experts, weights = self._tidy(rows.experts, rows.weights)
+        labels = [self._labels.get(r) for r in rows.request.tolist()] if self._labels else None
         self._sink.append(
             experts=experts,
             weights=weights if self._weights else None,
-            request=request,
-            position=rows["position"],
-            phase=rows["phase"],
-            step=rows["step"],
+            request=rows.request,
+            position=rows.position,
+            phase=rows.phase,
+            step=rows.step,
             labels=labels,
         )
         self.num_tokens += len(experts)
@@ -101,6 +97,6 @@ class Assembly:
         return experts, weights
 
 
-def _join(parts: list[NDArray[Any] | None]) -> NDArray[Any] | None:
+def _join(parts: Sequence[NDArray[Any] | None]) -> Any:
     arrays = [part for part in parts if part is not None]
     return np.concatenate(arrays) if arrays else None

@@ -14,7 +14,7 @@ from placer.errors import UsageError
 from placer.trace import PHASE_NAMES
 from placer.tracer.generation import GenerateCall
 from placer.tracer.inputs import Inputs, cache_in, past_columns, valid_columns
-from placer.tracer.passes import Pass, Told
+from placer.tracer.passes import NOTHING_TOLD, Pass, Told
 from placer.tracer.sequences import Sequences
 
 
@@ -38,7 +38,7 @@ class Bookkeeper:
         self._next_requests: NDArray[np.int64] | None = None
         self._first_free = 0
         self._num_steps = 0
-        self._told = Told()
+        self._told = NOTHING_TOLD
 
     def tell_requests(
         self, requests: ArrayLike, labels: Sequence[str | None] | None = None
@@ -76,13 +76,15 @@ class Bookkeeper:
 
     def start(self, inputs: Inputs) -> Pass:
         """The pass that is about to run; its number of rows may still be unknown."""
-        told, self._told = self._told, Told()
+        told, self._told = self._told, NOTHING_TOLD
         num_columns = inputs.num_columns
         found = Pass(self._num_steps, inputs.num_rows, num_columns, told=told)
         if inputs.num_rows is None or num_columns is None:
             if told.requests is not None and told.requests.ndim == 1:
                 found.num_rows = len(told.requests)
             return found
+        if told is not NOTHING_TOLD:
+            told = found.told = told.spread(inputs.num_rows, num_columns)
         if inputs.is_packed and (told.requests is None or told.positions is None):
             raise UsageError(
                 "several sequences are packed into one row, so requests cannot be told apart",
@@ -108,12 +110,12 @@ class Bookkeeper:
     def finish(self, done: Pass, inputs: Inputs, output: Any) -> None:
         """The pass has run: its number counts, and its cache belongs to its rows."""
         self._num_steps += 1
-        if done.num_rows is None:
-            done.num_rows, done.num_columns = 1, done.num_tokens
-            self._follow(done, None, inputs)
-        elif done.num_columns is None:
+        if done.num_columns is None:  # only the routing told how many tokens there are
+            done.num_rows = done.num_rows or 1
             done.num_columns = done.num_tokens // done.num_rows
-            self._follow(done, None, inputs)
+            done.told = done.told.spread(done.num_rows, done.num_columns)
+            if done.told.requests is None or done.told.positions is None:
+                self._follow(done, None, inputs)
         sequences = done.sequences
         if sequences is None or done.num_columns is None:
             return

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +19,7 @@ _MASK_HINT = "say which tokens are real before the call: tracer.batch(valid=...)
 _PACKED = ("cu_seq_lens_q", "cu_seqlens_q", "cu_seqlens")
 
 
-@dataclass(frozen=True)
-class Inputs:
+class Inputs(NamedTuple):
     """One call of a model.
 
     Attributes:

@@ -6,8 +6,8 @@ Shapes: B rows of S new columns, N = B S tokens in row-major order, L layers, K 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +20,28 @@ from placer.tracer.sequences import Sequences
 from placer.tracer.sites import Layout
 
 
-@dataclass(frozen=True)
-class Told:
+class Rows(NamedTuple):
+    """Tokens as columns of a trace: experts and weights [t, L, K], the rest [t]."""
+
+    experts: NDArray[Any]
+    weights: NDArray[Any] | None
+    request: NDArray[np.int64]
+    position: NDArray[np.int64]
+    phase: NDArray[np.uint8]
+    step: NDArray[np.int64]
+
+    def where(self, mask: NDArray[np.bool_]) -> Rows:
+        """The tokens where `mask` [t] is true."""
+        kept: list[Any] = [None if column is None else column[mask] for column in self]
+        return Rows(*kept)
+
+
+class Told(NamedTuple):
     """What the user said of the next pass; None where nothing was said.
 
     Attributes:
         requests: [B] or [B, S] request ids.
-        positions: [B, S] positions in the requests.
+        positions: [B] or [B, S] positions in the requests.
         valid: [B] or [B, S], False for tokens that are not to be counted.
         phase: PREFILL or DECODE.
     """
@@ -36,8 +51,33 @@ class Told:
     valid: NDArray[np.bool_] | None = None
     phase: int | None = None
 
+    def spread(self, num_rows: int, num_columns: int) -> Told:
+        """The same with all arrays [B, S]; refuses what does not fit the pass."""
+        shape = (num_rows, num_columns)
+        return Told(
+            _spread("requests", self.requests, shape),
+            _spread("positions", self.positions, shape),
+            _spread("valid", self.valid, shape),
+            self.phase,
+        )
 
-@dataclass
+
+def _spread(name: str, values: NDArray[Any] | None, shape: tuple[int, int]) -> Any:
+    if values is None or values.shape == shape:
+        return values
+    if values.shape == (shape[0],):
+        return np.broadcast_to(values[:, None], shape)
+    raise UsageError(
+        f"{name} has shape {values.shape}, expected ({shape[0]},) or {shape} for a forward pass "
+        f"of {shape[0]} rows and {shape[1]} new columns"
+    )
+
+
+NOTHING_TOLD = Told()
+NOTHING_COPIED = HostCopy(())
+
+
+@dataclass(slots=True)
 class Pass:
     """One forward pass.
 
@@ -53,6 +93,7 @@ class Pass:
         stop_tokens: tokens after which a row is over.
         num_prompt_columns: columns of the prompt inside a generate() call, else None.
         first_new: column before which tokens were counted in an earlier pass.
+        num_tokens: N, padding included.
     """
 
     step: int
@@ -60,13 +101,18 @@ class Pass:
     num_columns: int | None
     past: int = 0
     sequences: Sequences | None = None
-    told: Told = field(default_factory=Told)
+    told: Told = NOTHING_TOLD
     valid: Tensor | None = None
     prefix: Tensor | None = None
     tokens: Tensor | None = None
     stop_tokens: frozenset[int] = frozenset()
     num_prompt_columns: int | None = None
     first_new: int = 0
+    num_tokens: int = 0
+    _ids: Sequence[list[int]] = ()
+    _weights: Sequence[list[int]] = ()
+    _context: tuple[bool, bool, bool] = (False, False, False)
+    _copy: HostCopy = NOTHING_COPIED
 
     def start_copy(
         self, layout: Layout, ids: Sequence[Tensor], weights: Sequence[Tensor | None]
@@ -75,11 +121,11 @@ class Pass:
         stacked = stack_layers(ids)
         self.num_tokens = self._check_num_tokens(layout, stacked)
         gates = stack_layers(weights) if layout.has_weights else []  # type: ignore[arg-type]
-        context = [self.valid, self.prefix, self.tokens]
+        context = (self.valid, self.prefix, self.tokens)
         self.valid = self.prefix = self.tokens = None
         self._ids = [places for places, _ in stacked]
         self._weights = [places for places, _ in gates]
-        self._context = [tensor is not None for tensor in context]
+        self._context = (context[0] is not None, context[1] is not None, context[2] is not None)
         self._copy = HostCopy(
             [narrow(values, layout.num_experts) for _, values in stacked]
             + [values for _, values in gates]
@@ -106,85 +152,92 @@ class Pass:
     def is_copied(self) -> bool:
         return self._copy.is_done()
 
-    def rows(self, layout: Layout) -> dict[str, NDArray[Any] | None]:
-        """The counted tokens as columns of a trace: experts [t, L, K] and the rest [t]."""
+    def rows(self, layout: Layout) -> Rows:
+        """The counted tokens."""
         arrays = self._copy.arrays()
         num_layers, num_ids = len(layout.sites), len(self._ids)
         experts = _place(arrays[:num_ids], self._ids, num_layers, layout.top_k, -1)
         weights = None
         if self._weights:
             taken = arrays[num_ids : num_ids + len(self._weights)]
-            weights = _place(taken, self._weights, num_layers, layout.top_k, 0).astype(np.float32)
+            weights = _place(taken, self._weights, num_layers, layout.top_k, 0)
         context = iter(arrays[num_ids + len(self._weights) :])
         valid, prefix, tokens = (next(context) if has else None for has in self._context)
-        shape = self._shape(len(experts))
-        valid = np.ones(shape, np.bool_) if valid is None else valid.astype(np.bool_)
-        told = self.told
-        if told.valid is not None:
-            valid = valid & _spread(told.valid, shape, "valid")
-        requests, positions = self._identify(valid, prefix, shape)
-        counted = valid & self._counted_rows(tokens, shape)
-        keep = counted.reshape(-1)
-        phase = np.broadcast_to(self._phase(shape[1]), shape)
-        return {
-            "experts": experts[keep],
-            "weights": None if weights is None else weights[keep],
-            "request": requests.reshape(-1)[keep],
-            "position": positions.reshape(-1)[keep],
-            "phase": phase.reshape(-1)[keep],
-            "step": np.full(int(keep.sum()), self.step, np.int64),
-        }
-
-    def _shape(self, num_tokens: int) -> tuple[int, int]:
-        if self.num_rows is None or self.num_columns is None:
-            return 1, num_tokens
-        return self.num_rows, self.num_columns
+        assert self.num_rows is not None
+        assert self.num_columns is not None
+        if valid is not None:
+            valid = valid.astype(np.bool_)
+            valid = None if valid.all() else valid
+        if self.told.valid is not None:
+            valid = self.told.valid if valid is None else valid & self.told.valid
+        requests, positions = self._identify(valid, prefix)
+        rows = Rows(
+            experts,
+            weights,
+            requests,
+            positions,
+            self._phases(),
+            np.full(len(experts), self.step, np.int64),
+        )
+        counted = self._counted(tokens)
+        keep = valid if counted is None else counted if valid is None else valid & counted
+        if keep is None:
+            return rows
+        flat = np.broadcast_to(keep, (self.num_rows, self.num_columns)).reshape(-1)
+        return rows.where(flat)
 
     def _identify(
-        self, valid: NDArray[np.bool_], prefix: NDArray[Any] | None, shape: tuple[int, int]
+        self, valid: NDArray[np.bool_] | None, prefix: NDArray[Any] | None
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """[B, S] requests and positions."""
+        """[N] requests and positions."""
         told = self.told
-        requests = positions = None
+        requests, positions = told.requests, told.positions
         if self.sequences is not None:
+            assert self.num_columns is not None
             if prefix is not None:
                 self.sequences.start_after((prefix != 0).sum(axis=1), self.past)
-            positions = self.sequences.advance(self.past, valid)
-            requests = _spread(self.sequences.requests, shape, "requests")
-        if told.requests is not None:
-            requests = _spread(told.requests, shape, "requests")
-        if told.positions is not None:
-            positions = _spread(told.positions, shape, "positions")
+            advanced = self.sequences.advance(self.past, self.num_columns, valid)
+            positions = advanced if positions is None else positions
+            if requests is None:
+                requests = self.sequences.requests
+                requests = (
+                    np.repeat(requests, self.num_columns) if self.num_columns > 1 else requests
+                )
         assert requests is not None
         assert positions is not None
-        return requests, positions
+        return requests.reshape(-1), positions.reshape(-1)
 
-    def _counted_rows(
-        self, tokens: NDArray[Any] | None, shape: tuple[int, int]
-    ) -> NDArray[np.bool_]:
-        """[B, S] tokens of rows that are not over, that no earlier pass counted."""
-        columns = self.past + np.arange(shape[1])
-        is_new = columns >= self.first_new
-        counted = np.broadcast_to(is_new, shape)
+    def _counted(self, tokens: NDArray[Any] | None) -> NDArray[np.bool_] | None:
+        """[B, 1], [S] or None for all: not of rows that are over, nor counted by earlier passes."""
+        assert self.num_columns is not None
+        first_new = max(0, self.first_new - self.past)
+        is_new = np.arange(self.num_columns) >= first_new if first_new else None
         if self.sequences is None or self.num_prompt_columns is None:
-            return counted
-        if is_new.sum() == 1 and columns[-1] >= self.num_prompt_columns:
+            return is_new
+        is_step = self.num_columns - first_new == 1
+        if is_step and self.past + self.num_columns > self.num_prompt_columns:
             last = None if tokens is None else tokens[:, -1]
             ended = self.sequences.mark_ended(last, self.stop_tokens)
-            return counted & ~ended[:, None]
+            if ended is not None:
+                return ~ended[:, None] if is_new is None else ~ended[:, None] & is_new
+            return is_new
         self.sequences.revive()
-        return counted
+        return is_new
 
-    def _phase(self, num_columns: int) -> NDArray[np.uint8]:
-        """[S] phase of each column."""
-        columns = self.past + np.arange(num_columns)
+    def _phases(self) -> NDArray[np.uint8]:
+        """[N] phases."""
+        assert self.num_rows is not None
+        assert self.num_columns is not None
+        num_tokens = self.num_rows * self.num_columns
         if self.told.phase is not None:
-            is_decode = np.full(num_columns, self.told.phase == DECODE)
-        elif self.num_prompt_columns is not None:
-            is_decode = columns >= self.num_prompt_columns
-        else:
-            is_decode = np.full(num_columns, self.past > 0 and num_columns == 1)
-        return np.where(is_decode, np.uint8(DECODE), np.uint8(PREFILL))
+            return np.full(num_tokens, self.told.phase, np.uint8)
+        if self.num_prompt_columns is None:
+            is_decode = self.past > 0 and self.num_columns == 1
+            return np.full(num_tokens, DECODE if is_decode else PREFILL, np.uint8)
+        num_prefill = min(max(0, self.num_prompt_columns - self.past), self.num_columns)
+        phases = np.full((self.num_rows, self.num_columns), DECODE, np.uint8)
+        phases[:, :num_prefill] = PREFILL
+        return phases.reshape(-1)
 
 
 def _place(
@@ -202,15 +255,3 @@ def _place(
     for values, layers in zip(flat, places, strict=True):
         whole[:, layers, : values.shape[2]] = values.transpose(1, 0, 2)
     return whole
-
-
-def _spread(values: NDArray[Any], shape: tuple[int, int], name: str) -> NDArray[Any]:
-    """`values` [B] or [B, S] as [B, S]."""
-    if values.shape == (shape[0],):
-        return np.broadcast_to(values[:, None], shape)
-    if values.shape == shape:
-        return values
-    raise UsageError(
-        f"{name} has shape {values.shape}, expected ({shape[0]},) or {shape} for a forward pass "
-        f"of {shape[0]} rows and {shape[1]} new columns"
-    )

@@ -22,7 +22,8 @@ class Sequences:
         self.requests = requests
         self.num_columns = 0
         self._counted = np.zeros(len(requests), np.int64)  # real tokens in the columns so far
-        self._chunks: list[NDArray[np.bool_]] = []  # [B, s] validity of the columns, in order
+        # width s of each pass and validity [B, s] of its columns (None: all), in order
+        self._chunks: list[tuple[int, NDArray[np.bool_] | None]] = []
         self._width = 0
         self._has_ended = np.zeros(len(requests), np.bool_)
 
@@ -31,25 +32,41 @@ class Sequences:
         self._counted = counts.astype(np.int64)
         self._width = num_columns
 
-    def advance(self, past: int, valid: NDArray[np.bool_]) -> NDArray[np.int64]:
+    def advance(
+        self, past: int, num_columns: int, valid: NDArray[np.bool_] | None
+    ) -> NDArray[np.int64]:
         """[B, S] positions of new tokens that follow `past` columns.
 
         Columns beyond `past` are forgotten, as when drafted tokens were rejected.
+
+        Args:
+            past: P.
+            num_columns: S.
+            valid: [B, S] which tokens are real, None for all.
         """
-        self._crop(past)
-        positions = self._counted[:, None] + np.cumsum(valid, axis=1) - valid
-        self._chunks.append(valid)
-        self._width += valid.shape[1]
-        self._counted = self._counted + valid.sum(axis=1)
+        if past != self._width:
+            self._crop(past)
+        before = self._counted[:, None]
+        if valid is None:
+            positions = before + np.arange(num_columns)
+            self._counted = self._counted + num_columns
+        else:
+            positions = before + np.cumsum(valid, axis=1) - valid
+            self._counted = self._counted + valid.sum(axis=1)
+        self._chunks.append((num_columns, valid))
+        self._width += num_columns
         return positions
 
     def mark_ended(
         self, tokens: NDArray[np.int64] | None, stop_tokens: frozenset[int]
-    ) -> NDArray[np.bool_]:
-        """[B] rows that are over: this token [B], or an earlier one, was a stop token."""
+    ) -> NDArray[np.bool_] | None:
+        """[B] rows that are over: this token [B], or an earlier one, was a stop token.
+
+        None when no row is.
+        """
         if tokens is not None and stop_tokens:
             self._has_ended |= np.isin(tokens, list(stop_tokens))
-        return self._has_ended
+        return self._has_ended if self._has_ended.any() else None
 
     def revive(self) -> None:
         """The rows go on, as when the next turn of a chat follows."""
@@ -59,12 +76,13 @@ class Sequences:
         if past > self._width:  # columns that were not traced
             missing = past - self._width
             self._counted = self._counted + missing
-            self._chunks.append(np.ones((len(self.requests), missing), np.bool_))
+            self._chunks.append((missing, None))
             self._width = past
         while self._width > past and self._chunks:
-            last = self._chunks.pop()
-            keep = max(0, last.shape[1] - (self._width - past))
-            self._counted = self._counted - last[:, keep:].sum(axis=1)
-            self._width -= last.shape[1] - keep
+            width, valid = self._chunks.pop()
+            keep = max(0, width - (self._width - past))
+            gone = width - keep if valid is None else valid[:, keep:].sum(axis=1)
+            self._counted = self._counted - gone
+            self._width -= width - keep
             if keep:
-                self._chunks.append(last[:, :keep])
+                self._chunks.append((keep, None if valid is None else valid[:, :keep]))

@@ -201,6 +201,34 @@ def test_own_loop_with_a_static_cache_and_a_long_mask(model: Any) -> None:
     assert by_request(tracer.trace()) == {0: sequence(2, 3), 1: sequence(4, 3)}
 
 
+def test_a_prompt_of_one_token_is_prefill(model: Any) -> None:
+    with capture(model) as tracer, torch.no_grad():
+        model(input_ids=torch.tensor([[5], [6]]))
+        model.generate(torch.tensor([[7]]), max_new_tokens=3, do_sample=False, eos_token_id=None)
+    assert by_request(tracer.trace()) == {0: sequence(1, 0), 1: sequence(1, 0), 2: sequence(1, 2)}
+
+
+def test_rows_that_other_criteria_end_are_over(model: Any) -> None:
+    def stop(tokens: torch.Tensor, scores: Any, **options: Any) -> torch.Tensor:
+        is_third = tokens.shape[1] >= 3 + 3
+        return torch.tensor([is_third, False])
+
+    inputs = prompt([3, 3], 3, seed=5)
+    free = model.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    padding, end = (i for i in range(1, 97) if not (free == i).any() and i < 90), 95
+    with capture(model) as tracer:
+        model.generate(
+            **inputs,
+            max_new_tokens=8,
+            do_sample=False,
+            eos_token_id=end,
+            pad_token_id=next(padding),
+            stopping_criteria=[stop],
+        )
+    # the token that ended the row is fed once
+    assert by_request(tracer.trace()) == {0: sequence(3, 3), 1: sequence(3, 7)}
+
+
 def test_next_turn_of_a_chat_goes_on_with_the_request(model: Any) -> None:
     cache = DynamicCache(config=model.config)
     options = {"do_sample": False, "eos_token_id": None, "past_key_values": cache}
@@ -341,7 +369,7 @@ def test_a_pass_that_fails_is_not_counted(model: Any) -> None:
         with pytest.raises(ValueError, match="broken"):
             model(**prompt([3], 3))
         handle.remove()
-        model(**prompt([4], 4))
+        model.model(**prompt([4], 4))
     assert list(by_request(tracer.trace()).values()) == [sequence(2, 0), sequence(4, 0)]
 
 

@@ -142,6 +142,68 @@ def test_found_by_structure(kind: Any) -> None:
     assert bool(tracer.notes) == (kind is Fused)
 
 
+class Scores(nn.Module):
+    """Returns a score for every expert; some tokens are for one expert only."""
+
+    top_k = K
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        rows = hidden.reshape(-1, H)[:, :E].sigmoid()
+        weights, ids = rows.topk(K, dim=-1)
+        weights[::3, 1] = 0
+        return torch.zeros_like(rows).scatter(1, ids, weights)
+
+
+class Dense(nn.Module):
+    """Every expert computes every token, scaled by its score."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = Scores()
+        self.experts = nn.ModuleList(nn.Linear(H, H) for _ in range(E))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        scores = self.router(hidden).view(*hidden.shape[:-1], E)
+        every = torch.stack([expert(hidden) for expert in self.experts], dim=-1)
+        return (every * scores[..., None, :]).sum(dim=-1)
+
+
+def test_an_expert_with_score_zero_is_not_used() -> None:
+    torch.manual_seed(0)
+    model = Layers(Dense())
+    batch = torch.randn(2, 3, H)
+    with capture(model, weights=True) as tracer, torch.no_grad():
+        model(batch)
+    trace = tracer.trace()
+    ids = batch.reshape(-1, H)[:, :E].topk(K, dim=-1).indices
+    ids[::3, 1] = -1
+    assert trace.experts[:, 0].tolist() == ids.tolist()
+    assert trace.weights is not None
+    assert ((trace.weights > 0) == (trace.experts >= 0)).all()
+
+
+def test_ids_past_the_last_expert_are_not_used() -> None:
+    class Past(Gate):
+        def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, None]:
+            ids, weights, _ = super().forward(hidden)
+            return torch.where(ids == 0, E + 1, ids), weights, None
+
+    torch.manual_seed(0)
+    gate = Past()
+    batch = torch.randn(4, 3, H)
+    with torch.no_grad():
+        ids = (batch.reshape(-1, H) @ gate.weight.T).topk(K, dim=-1).indices.numpy()
+    with capture(gate, experts=[""], num_experts=E, weights=True) as tracer, torch.no_grad():
+        gate(batch)
+    trace = tracer.trace()
+    expected = np.where(ids == 0, -1, ids)
+    assert (expected < 0).any()
+    assert np.array_equal(np.sort(trace.experts[:, 0], axis=1), np.sort(expected, axis=1))
+    assert (trace.experts[:, 0, 0] >= 0).all()  # what is used comes first
+    assert trace.weights is not None
+    assert ((trace.weights > 0) == (trace.experts >= 0)).all()
+
+
 def test_what_cannot_be_seen_is_said() -> None:
     model = Layers(Hidden(), Hidden())
     with pytest.raises(PlacerError, match="none of the modules") as caught, capture(model):
