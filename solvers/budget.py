@@ -38,6 +38,11 @@ class Budget:
             return float("inf")
         return max(0.0, self.seconds - (time.monotonic() - self._start))
 
+    def part(self, share: float) -> Budget:
+        """A budget of a share of the remaining time; stopping one stops the other."""
+        seconds = None if self.seconds is None else share * self.remaining()
+        return Budget(seconds, _stop=self._stop)
+
     def expired(self) -> bool:
         return self._stop.is_set() or self.remaining() <= 0.0
 

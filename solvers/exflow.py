@@ -82,13 +82,15 @@ def _solve(problem: Problem, seed: int, budget: Budget, backend: Backend) -> Sol
     total = float(flow.sum())
     if total <= 0:
         return contiguous(problem, seed, budget)
+    upper_bound = None
     if problem.num_nodes == 1:
         ranks, upper_bound = place(flow, sizes, rng, budget, backend)
+        cut_short = budget.expired()
     else:
-        ranks, upper_bound = _place_by_node(problem, flow, sizes, rng, budget, backend), None
+        ranks, cut_short = _place_by_node(problem, flow, sizes, rng, budget, backend)
     placement = fill(problem, np.argsort(ranks, axis=1, kind="stable"))
     termination: Termination = "finished"
-    if budget.expired():
+    if cut_short:
         termination = "interrupted" if budget.interrupted else "time_limit"
     bound = 1.0 - min(total, kept_flow_bound(flow, problem)) / total
     if upper_bound is not None and problem.num_slots == problem.num_experts:
@@ -147,14 +149,23 @@ def _place_by_node(
     rng: np.random.Generator,
     budget: Budget,
     backend: Backend,
-) -> Ranks:
-    """Experts to nodes, then the experts of each node to its ranks."""
+) -> tuple[Ranks, bool]:
+    """Experts to nodes, then the experts of each node to its ranks.
+
+    Half of the time goes to the first stage; the rest is shared by the nodes.
+
+    Returns:
+        [L, E] rank of each expert, and whether a stage was cut short.
+    """
     sizes_by_node = sizes.reshape(problem.num_nodes, problem.ranks_per_node)
-    nodes, _ = place(flow, sizes_by_node.sum(axis=1), rng, budget, backend)
+    share = budget.part(0.5)
+    nodes, _ = place(flow, sizes_by_node.sum(axis=1), rng, share, backend)
+    cut_short = share.expired()
     ranks = np.empty_like(nodes)
     for node, node_sizes in enumerate(sizes_by_node):
         if node_sizes.sum() == 0:
             continue
+        share = budget.part(1 / (problem.num_nodes - node))
         members = np.stack([np.nonzero(row == node)[0] for row in nodes])
         inside = np.stack(
             [
@@ -162,9 +173,10 @@ def _place_by_node(
                 for layer, layer_flow in enumerate(flow)
             ]
         )
-        found, _ = place(inside, node_sizes, rng, budget, backend)
+        found, _ = place(inside, node_sizes, rng, share, backend)
+        cut_short |= share.expired()
         np.put_along_axis(ranks, members, found + node * problem.ranks_per_node, axis=1)
-    return ranks
+    return ranks, cut_short
 
 
 def _is_small(num_layers: int, num_experts: int, sizes: NDArray[np.int64]) -> bool:

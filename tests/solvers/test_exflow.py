@@ -148,3 +148,21 @@ def test_a_time_limit_is_kept_and_admitted():
     result = solve(problem_of(flow, 4, 4), "exflow", time_limit=0.5)
     assert result.termination == "time_limit"
     assert result.lower_bound <= result.parts["cross_rank_fraction"]
+
+
+def test_a_time_limit_leaves_time_for_the_ranks_of_a_node(monkeypatch):
+    flow = np.random.default_rng(2).gamma(0.2, size=(12, 64, 64))
+    problem = problem_of(flow, 16, 4, ranks_per_node=4)
+    nodes, given = [], []
+    place = exflow.place
+
+    def spy(flow, sizes, rng, budget, backend):
+        given.append(budget.seconds)
+        nodes.append(sizes.tolist())
+        return place(flow, sizes, rng, budget, backend)
+
+    monkeypatch.setattr(exflow, "place", spy)
+    solve(problem, "exflow", time_limit=2.0)
+    assert nodes == [[16] * 4, [4] * 4, [4] * 4, [4] * 4, [4] * 4]
+    assert 0.9 < given[0] <= 1.0
+    assert all(seconds > 0 for seconds in given)

@@ -181,6 +181,15 @@ def test_a_budget_can_be_stopped_from_outside():
     assert budget.interrupted
 
 
+def test_parts_of_a_budget_share_its_time_and_its_end():
+    whole = Budget(1000.0)
+    part = whole.part(0.25)
+    assert 249 < part.remaining() <= 250
+    assert Budget().part(0.5).seconds is None
+    part.stop()
+    assert whole.expired()
+
+
 @pytest.mark.parametrize("num_groups", [0, 3])
 def test_groups_must_divide_the_experts(num_groups):
     with pytest.raises(ValueError, match="groups do not divide 4 experts"):
