@@ -1,16 +1,18 @@
-"""The hooks that stay on while a model is traced: as little work as can be, once for each layer."""
+"""What stays on a model while it is traced: as little work as can be, once for each layer."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from placer.errors import PlacerError
-from placer.tracer.readers import ReadIds
+from placer.tracer.readers import Place, ReadIds
 from placer.tracer.sites import Layout, Site
+
+Call: TypeAlias = tuple[int, Any, Any]  # number of the layer, ids, weights
 
 
 class SiteHooks:
@@ -20,12 +22,12 @@ class SiteHooks:
         self._sites = layout.sites
         self._order = tuple(range(len(layout.sites)))
         self._has_other_order = False
-        self._calls: list[tuple[int, Any, Any]] = []
-        self._handles = [_attach(site, i, self._calls) for i, site in enumerate(layout.sites)]
+        self._calls: list[Call] = []
+        self._undo = [_attach(site, i, self._calls) for i, site in enumerate(layout.sites)]
 
     def detach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+        for undo in self._undo:
+            undo()
 
     def clear(self) -> None:
         """Forget the calls so far."""
@@ -53,24 +55,21 @@ class SiteHooks:
         )
 
 
-def _number(call: tuple[int, Any, Any]) -> int:
+def _number(call: Call) -> int:
     return call[0]
 
 
-def _attach(site: Site, i: int, calls: list[tuple[int, Any, Any]]) -> RemovableHandle:
+def _attach(site: Site, i: int, calls: list[Call]) -> Callable[[], None]:
+    """Start to note the calls of a site; returns what ends that."""
     reader = site.reader
-    is_plain = isinstance(reader, ReadIds) and reader.ids.source == "args" and not site.copy
-    if is_plain and isinstance(reader, ReadIds) and len(reader.ids.keys) == 1:
-        ids_at = reader.ids.keys[0]
-        weights_at = _argument(reader)
-        if weights_at is None or weights_at >= 0:
-            hook = _plain_hook(i, int(ids_at), weights_at, calls)
-            return site.module.register_forward_pre_hook(hook)
-    copy = site.copy
+    if isinstance(reader, ReadIds) and not site.copy:
+        ids_at, weights_at = _argument(reader.ids), _argument(reader.weights)
+        if ids_at is not None and (weights_at is not None or reader.weights is None):
+            return _wrap_forward(site.module, i, ids_at, weights_at, calls)
 
     def note(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         ids, weights = reader(args, kwargs, output)
-        calls.append((i, ids.clone() if copy else ids, weights))
+        calls.append((i, ids.clone() if site.copy else ids, weights))
 
     if site.after:
 
@@ -81,36 +80,50 @@ def _attach(site: Site, i: int, calls: list[tuple[int, Any, Any]]) -> RemovableH
 
         # the whole model as a site: read it before its pass is taken to have ended
         is_model = not site.name
-        return site.module.register_forward_hook(after, with_kwargs=True, prepend=is_model)
+        return site.module.register_forward_hook(after, with_kwargs=True, prepend=is_model).remove
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         note(args, kwargs, None)
 
-    return site.module.register_forward_pre_hook(before, with_kwargs=True)
+    return site.module.register_forward_pre_hook(before, with_kwargs=True).remove
 
 
-def _argument(reader: ReadIds) -> int | None:
-    """Number of the positional argument that holds the weights; None without, -1 elsewhere."""
-    if reader.weights is None:
+def _argument(place: Place | None) -> int | None:
+    """Number of the positional argument at `place`, or None if it is none."""
+    if place is None or place.source != "args" or len(place.keys) != 1:
         return None
-    key = reader.weights.keys[0]
-    is_argument = reader.weights.source == "args" and len(reader.weights.keys) == 1
-    return key if is_argument and isinstance(key, int) else -1
+    return int(place.keys[0])
 
 
-def _plain_hook(
-    i: int, ids_at: int, weights_at: int | None, calls: list[tuple[int, Any, Any]]
-) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    """The hook for the common case, expert ids as a positional argument of the experts."""
-    append = calls.append
-    if weights_at is None:
+def _wrap_forward(
+    module: nn.Module, i: int, ids_at: int, weights_at: int | None, calls: list[Call]
+) -> Callable[[], None]:
+    """The common case, ids as an argument of the experts, at a fraction of the cost of a hook.
 
-        def ids_only(module: nn.Module, args: tuple[Any, ...]) -> None:
-            append((i, args[ids_at], None))
+    The wrapper sees the arguments after all hooks of others, as the experts do.
+    """
+    original, had_own = module.forward, module.__dict__.get("forward")
+    record: list[Callable[[Call], None]] = [calls.append]
 
-        return ids_only
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        weights = None if weights_at is None else args[weights_at]
+        record[0]((i, args[ids_at], weights))
+        return original(*args, **kwargs)
 
-    def ids_and_weights(module: nn.Module, args: tuple[Any, ...]) -> None:
-        append((i, args[ids_at], args[weights_at]))
+    module.__dict__["forward"] = forward
 
-    return ids_and_weights
+    def undo() -> None:
+        record[0] = _ignore
+        if module.__dict__.get("forward") is not forward:
+            return  # wrapped once more by someone else, who holds on to this one
+        if had_own is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = had_own
+
+    return undo
+
+
+def _ignore(call: Call) -> None:
+    """Takes the place of the list of calls after the end."""

@@ -146,6 +146,11 @@ class Pass:
                     "a forward pass, so which token is which cannot be told",
                     "trace text without images, or choose other layers with routers=",
                 )
+            if values.shape[-1] > layout.top_k:
+                raise PlacerError(
+                    f"{layout.sites[places[0]].name} chose {values.shape[-1]} experts for a token, "
+                    f"{layout.top_k} in the first forward pass"
+                )
         assert expected is not None
         return expected
 

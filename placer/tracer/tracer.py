@@ -220,6 +220,8 @@ class Tracer:
             return
         if isinstance(self._sink, FolderSink):
             self._sink.close(kind, error, traceback)
+        if self.layout is None and error is None:
+            log.warning("nothing was traced: no forward pass of the captured model was seen")
 
     def _remove_all(self) -> None:
         self._undo_generate()
@@ -279,9 +281,9 @@ class Tracer:
             self._hooks.clear()
         found = self._books.start(inputs)
         if self._discovery is not None:
-            self._discovery.watch.reset()
-            if found.num_rows is not None and found.num_columns is not None:
-                self._discovery.watch.num_tokens = found.num_rows * found.num_columns
+            is_known = found.num_rows is not None and found.num_columns is not None
+            num_tokens = (found.num_rows or 0) * (found.num_columns or 0)
+            self._discovery.watch.start(num_tokens if is_known else None)
         self._running = (name, found, inputs)
 
     def _end(self, output: Any) -> None:
@@ -300,7 +302,8 @@ class Tracer:
             ids, weights = self._hooks.take()
         assert self.layout is not None
         assert self._assembly is not None
-        found.start_copy(self.layout, ids, weights)
+        with torch.no_grad():
+            found.start_copy(self.layout, ids, weights)
         self._books.finish(found, inputs, output)
         self._assembly.add(found)
         if self.on_pass is not None:

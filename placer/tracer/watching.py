@@ -87,8 +87,9 @@ class Watch:
             handle.remove()
         self._handles.clear()
 
-    def reset(self) -> None:
-        """Forget what was seen, as when a pass was cut off."""
+    def start(self, num_tokens: int | None) -> None:
+        """A pass of N tokens begins; forget one that was cut off."""
+        self.num_tokens = num_tokens
         self.seen.clear()
         self.called.clear()
 

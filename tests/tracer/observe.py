@@ -35,7 +35,8 @@ def num_hooks(model: Any) -> int:
     hooks = sum(
         len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()
     )
-    return hooks + ("generate" in model.__dict__) + ("forward" in model.__dict__)
+    wrappers = sum("forward" in module.__dict__ for module in model.modules())
+    return hooks + wrappers + ("generate" in model.__dict__)
 
 
 class Steps:

@@ -511,6 +511,63 @@ def test_long_runs_are_turned_into_tokens_on_the_way(model: Any) -> None:
     assert tracer.trace().num_tokens == 120
 
 
+def test_training_is_not_disturbed(model: Any) -> None:
+    inputs = prompt([3, 3], 3)
+    model(**inputs).logits.sum().backward()
+    plain = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    with capture(model, weights=True) as tracer:
+        model(**inputs).logits.sum().backward()
+    traced = [p.grad for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(plain, traced, strict=True))
+    assert tracer.trace().num_tokens == 6
+
+
+def test_code_that_is_compiled_inside_is_refused(model: Any) -> None:
+    run = torch.compile(lambda tokens: model(input_ids=tokens).logits, backend="eager")
+    with capture(model), torch.no_grad(), pytest.raises(UsageError, match="being compiled"):
+        run(torch.tensor([[5, 6]]))
+
+
+def test_a_forward_that_was_replaced_before_is_put_back(model: Any) -> None:
+    experts = model.model.layers[0].mlp.experts
+    original = experts.forward
+
+    def mine(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    experts.forward = mine
+    try:
+        with capture(model) as tracer, torch.no_grad():
+            model(**prompt([2], 2))
+            model(**prompt([2], 2))
+        assert experts.forward is mine
+        assert tracer.trace().num_tokens == 4
+    finally:
+        del experts.forward
+
+
+def test_a_forward_that_is_replaced_inside_is_left_alone(model: Any) -> None:
+    experts = model.model.layers[0].mlp.experts
+    with capture(model) as tracer, torch.no_grad():
+        model(**prompt([2], 2))
+        traced = experts.forward
+
+        def mine(*args: Any, **kwargs: Any) -> Any:
+            return traced(*args, **kwargs)
+
+        experts.forward = mine
+        model(**prompt([2], 2))
+    assert tracer.trace().num_tokens == 4
+    assert experts.forward is mine
+    with torch.no_grad():
+        model(**prompt([2], 2))
+    assert tracer.trace().num_tokens == 4
+    del experts.forward
+    assert num_hooks(model) == 0
+
+
 def test_notes_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     model = Family("JetMoe", "JetMoeForCausalLM").build()
     with caplog.at_level(logging.INFO), capture(model), torch.no_grad():
