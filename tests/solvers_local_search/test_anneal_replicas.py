@@ -1,0 +1,104 @@
+"""The kernel for redundant slots: its running figures against the formulas, from scratch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from solvers.anneal import pack_bits
+from solvers.anneal_replicas import anneal_layer_replicas, serve_layer
+
+
+def figures_from_scratch(tokens, slots, relative, groups, weights):
+    """Traffic of a token and max / mean rank load, as the kernel's module describes them."""
+    num_ranks = groups[0]
+    width = slots.size // num_ranks
+    where = {e: sorted(s // width for s in np.flatnonzero(slots == e)) for e in set(slots) - {-1}}
+    users = {e: {t for t, row in enumerate(tokens) if e in row} for e in where}
+    traffic = 0.0
+    for num_groups, weight in zip(groups, weights, strict=True):
+        shrink = num_ranks // num_groups
+        single = [set() for _ in range(num_groups)]
+        for e, ranks in where.items():
+            if len(ranks) == 1:
+                single[ranks[0] // shrink] |= users[e]
+        total = float(sum(len(tokens_) for tokens_ in single))
+        for e, ranks in where.items():
+            if len(ranks) > 1:
+                held = {g // shrink for g in ranks}
+                uncovered = users[e] - set().union(*(single[g] for g in held))
+                total += (1 - len(held) / num_groups) / (1 - 1 / num_groups) * len(uncovered)
+        traffic += weight * total
+        if shrink == 1:
+            ranks_single = single
+    load = np.zeros(num_ranks)
+    for e, ranks in where.items():
+        if len(ranks) == 1:
+            load[ranks[0]] += relative[e]
+    for e in sorted(where):
+        ranks = where[e]
+        if len(ranks) == 1:
+            continue
+        away = 1 - len(ranks) / num_ranks
+        bound = 0.0
+        for g in ranks:
+            others = set().union(*(ranks_single[h] for h in ranks if h != g))
+            share = len((users[e] & ranks_single[g]) - others) / max(1, len(users[e]))
+            bound += share
+            load[g] += relative[e] * (away * share + 1 / num_ranks)
+        free = relative[e] * away * (1 - bound)
+        low, high = min(load[g] for g in ranks), max(load[g] for g in ranks) + free
+        for _ in range(200):  # the water level
+            level = (low + high) / 2
+            if sum(max(0.0, level - load[g]) for g in ranks) < free:
+                low = level
+            else:
+                high = level
+        for g in ranks:
+            load[g] = max(load[g], high)
+    return traffic / len(tokens), load.max()
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("num_nodes", [1, 2])
+@pytest.mark.parametrize("proposals", [0, 1, 40, 400])
+def test_the_running_figures_are_those_of_the_slots_that_come_back(seed, num_nodes, proposals):
+    num_experts, num_ranks, width = 8, 4, 3
+    rng = np.random.default_rng(seed)
+    tokens = np.stack([rng.permutation(num_experts)[:3] for _ in range(90)]).astype(np.int64)
+    tokens[:5] = -1
+    bits = pack_bits(tokens, num_experts)
+    load = np.bincount(tokens[tokens >= 0], minlength=num_experts).astype(float)
+    relative = np.append(load / (load.sum() / num_ranks), 0.0)
+    slots = np.full((num_ranks, width), -1, np.int64)
+    slots[:, :2] = np.arange(num_experts).reshape(num_ranks, 2)
+    slots = slots.reshape(-1)
+    groups = np.array([num_ranks, num_nodes][: 1 + (num_nodes > 1)], np.int64)
+    weights = np.array([1.0, 2.0][: groups.size])
+    found = np.zeros(2)
+    anneal_layer_replicas(
+        bits, relative, load.astype(np.int64), np.arange(num_experts), slots, groups, weights,
+        1 / len(tokens), 0.7, 0.05, 0.3, 0.999, proposals, seed, found,
+    )  # fmt: skip
+    assert set(slots.tolist()) >= set(range(num_experts))
+    for row in slots.reshape(num_ranks, width):
+        held = row[row >= 0]
+        assert len(set(held.tolist())) == held.size
+    traffic, peak = figures_from_scratch(tokens, slots, relative, groups, weights)
+    assert found[0] == pytest.approx(traffic, abs=1e-9)
+    assert found[1] == pytest.approx(peak, abs=1e-6)
+    if proposals == 400:
+        assert (slots >= 0).sum() > num_experts  # replicas were worth it
+
+
+def test_serving_without_replicas_is_the_span_less_the_home_rank():
+    rng = np.random.default_rng(3)
+    tokens = np.stack([rng.permutation(8)[:3] for _ in range(50)]).astype(np.int64)
+    home = rng.integers(0, 4, 50)
+    load = np.zeros(4)
+    messages, node_messages = serve_layer(tokens, np.arange(8), 8, 4, 2, home, load)
+    ranks = tokens // 2
+    assert messages == sum(len(set(r) - {h}) for r, h in zip(ranks, home, strict=True))
+    nodes = [({x // 2 for x in r}, h // 2) for r, h in zip(ranks, home, strict=True)]
+    assert node_messages == sum(len(n - {h}) for n, h in nodes)
+    assert load.sum() == 150
