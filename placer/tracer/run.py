@@ -210,6 +210,14 @@ def _number(
             tokens = tokens[:max_prompt_tokens]
         number = i if prompt.request is None else prompt.request
         found.append(_Request(number, tokens, prompt.label))
+    seen: set[int] = set()
+    for request in found:
+        if request.number in seen:
+            raise UsageError(
+                f"two prompts have request id {request.number}",
+                "give each prompt its own, or none of them",
+            )
+        seen.add(request.number)
     return sorted(found, key=lambda request: len(request.tokens))
 
 

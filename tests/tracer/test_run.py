@@ -161,6 +161,9 @@ def test_what_is_wrong_is_said(folder: Path, tmp_path: Path) -> None:
             trace_model(str(folder), PROMPTS, tmp_path / "t", **options)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="no prompts"):
         trace_model(str(folder), [], tmp_path / "t")
+    twice = [Prompt("w4", request=1), Prompt("w5")]
+    with pytest.raises(UsageError, match="two prompts have request id 1"):
+        trace_model(str(folder), twice, tmp_path / "t")
     with pytest.raises(PlacerError, match="cannot be loaded"):
         trace_model(str(tmp_path / "none"), PROMPTS, tmp_path / "t")
     (tmp_path / "t").mkdir()
