@@ -136,7 +136,8 @@ def test_the_demo_runs_from_model_to_plan(tmp_path):
         pytest.skip("no model is shipped")
     output = tmp_path / "demo"
     outcome = succeeds("demo", "-o", output)
-    assert "next: placer evaluate" in outcome.stdout
+    assert "to see more: placer evaluate" in outcome.stdout
+    assert "local_search" in outcome.stdout.splitlines()[-2]
     succeeds("inspect", output / "trace")
     document = succeeds("evaluate", output / "plan.json", output / "trace", "--json").document()
     assert document["scope"] == "held-out"
