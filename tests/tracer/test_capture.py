@@ -15,6 +15,7 @@ from transformers import DynamicCache, StaticCache
 from placer.errors import PlacerError, UsageError
 from placer.trace import DECODE, PREFILL, Trace, open_trace
 from placer.tracer import capture
+from placer.tracer.sequences import Sequences
 
 from .families import Family
 from .observe import Steps, num_hooks
@@ -566,6 +567,26 @@ def test_a_forward_that_is_replaced_inside_is_left_alone(model: Any) -> None:
     assert tracer.trace().num_tokens == 4
     del experts.forward
     assert num_hooks(model) == 0
+
+
+def test_a_mask_that_is_used_again_is_read_in_time(model: Any) -> None:
+    inputs = prompt([2, 3], 3)
+    mask = inputs["attention_mask"].clone()
+    with capture(model) as tracer, torch.no_grad():
+        model(input_ids=inputs["input_ids"], attention_mask=mask)
+        mask.zero_()
+    assert by_request(tracer.trace()) == {0: sequence(2, 0), 1: sequence(3, 0)}
+
+
+def test_rejected_columns_are_forgotten() -> None:
+    rows = Sequences(np.array([4, 5]))
+    valid = np.array([[False, True, True], [True, True, True]])
+    assert rows.advance(0, 3, valid).tolist() == [[0, 0, 1], [0, 1, 2]]
+    assert rows.advance(3, 4, None).tolist() == [[2, 3, 4, 5], [3, 4, 5, 6]]
+    assert rows.advance(5, 1, None).tolist() == [[4], [5]]  # two of the four were kept
+    assert rows.advance(2, 2, None).tolist() == [[1, 2], [2, 3]]  # and one of the first three less
+    assert rows.advance(8, 1, None).tolist() == [[7], [8]]  # four columns that were not traced
+    assert rows.advance(0, 1, None).tolist() == [[0], [0]]
 
 
 def test_notes_are_logged(caplog: pytest.LogCaptureFixture) -> None:
