@@ -35,6 +35,18 @@ def trace(
     batch_size: Annotated[
         int, typer.Option("--batch-size", min=1, help="Prompts that run together.")
     ] = 8,
+    max_prompt_tokens: Annotated[
+        int | None,
+        typer.Option("--max-prompt-tokens", min=1, help="Cut longer prompts off after so many."),
+    ] = None,
+    routers: Annotated[
+        str | None,
+        typer.Option(
+            "--routers",
+            metavar="REGEX",
+            help="Trace the experts whose module path matches, where a model has several sets.",
+        ),
+    ] = None,
     weights: Annotated[bool, typer.Option("--weights", help="Keep gate weights.")] = False,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16, ...")] = "auto",
@@ -77,6 +89,8 @@ def trace(
             output,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
+            max_prompt_tokens=max_prompt_tokens,
+            routers=routers,
             weights=weights,
             device=device,
             dtype=dtype,
