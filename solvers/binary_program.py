@@ -8,7 +8,8 @@
     answer = solve(program, "cp_sat", start, effort=10.0, budget=Budget())
 
 Back ends: "cp_sat" (OR-tools) on one thread with a limit in its own deterministic time, so that the
-same program gives the same answer on every machine; "cbc" (PuLP) with a limit on nodes. Weights are
+same program gives the same answer on every machine; "cbc" (PuLP) with a limit on nodes and on
+seconds, and deaf to `Budget.stop` (Ctrl-C in a terminal reaches it by itself). Weights are
 integers, so that both count exactly.
 """
 
@@ -27,6 +28,7 @@ from solvers.budget import Budget
 
 Backend = Literal["cp_sat", "cbc"]
 _CBC_NODES_PER_EFFORT = 500
+_CBC_SECONDS_PER_EFFORT = 3.0
 
 
 @dataclass
@@ -157,16 +159,17 @@ def _solve_cbc(
             model += pulp.lpSum(x[v] for v in variables) == number
         for variable, value in zip(x, start, strict=True):
             variable.setInitialValue(int(value))
-        seconds = budget.remaining()
-        model.solve(
-            pulp.PULP_CBC_CMD(
-                msg=False,
-                warmStart=True,
-                timeLimit=None if seconds == float("inf") else max(1.0, seconds),
-                maxNodes=max(1, round(effort * _CBC_NODES_PER_EFFORT)),
-                gapRel=0.0,
-            )
+        command = pulp.PULP_CBC_CMD(
+            msg=False,
+            warmStart=True,
+            timeLimit=max(1.0, min(budget.remaining(), _CBC_SECONDS_PER_EFFORT * effort)),
+            maxNodes=max(1, round(effort * _CBC_NODES_PER_EFFORT)),
+            gapRel=0.0,
         )
+        try:
+            model.solve(command)
+        except pulp.PulpSolverError:  # CBC crashed or was interrupted
+            return Answer(None, None, False)
     if model.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
         return Answer(None, None, False)
     values = np.array([variable.value() > 0.5 for variable in x], bool)

@@ -19,7 +19,7 @@ and a linear relaxation that proves nothing; this one has neither fault.
 With several nodes, two stages as in the paper: experts to nodes, then those of a node to its ranks.
 
 Method: `solvers.chain` finds a placement (seconds, near the optimum); the integer program improves
-it or proves it optimal where E <= 16 and E divides evenly; CP-SAT runs on one thread for a fixed
+it or proves it optimal where E <= 16 and G divides E; CP-SAT runs on one thread for a fixed
 amount of work. Beyond that size the placement of `solvers.chain` is the answer. Where G does not
 divide E, the first E mod G ranks get one expert more in every layer.
 
@@ -34,6 +34,7 @@ time limit, for numbers of ranks that are powers of two.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import combinations, pairwise
 
 import numpy as np
@@ -49,7 +50,7 @@ from solvers.registry import register
 from solvers.result import Solution, Termination
 
 MAX_EXPERTS = 16
-MAX_IMPLICATIONS = 200_000
+MAX_IMPLICATIONS: dict[Backend, int] = {"cp_sat": 200_000, "cbc": 11_000}
 EFFORT = 10.0
 _SOURCE = "ExFlow (arXiv 2401.08383)"
 
@@ -63,11 +64,12 @@ def exflow(problem: Problem, seed: int, budget: Budget) -> Solution:
     return _solve(problem, seed, budget, "cp_sat")
 
 
-@register("exflow_pulp", source=_SOURCE, needs=("affinity",))
+@register("exflow_pulp", source=_SOURCE, needs=("affinity",), deterministic=False)
 def exflow_pulp(problem: Problem, seed: int, budget: Budget) -> Solution:
     """The program of `exflow`, solved by CBC through PuLP: slower, a second opinion.
 
-    Sees neither load nor co-activation.
+    Sees neither load nor co-activation. CBC stops after 30 seconds, so that a large program may end
+    differently on another machine.
     """
     return _solve(problem, seed, budget, "cbc")
 
@@ -82,15 +84,15 @@ def _solve(problem: Problem, seed: int, budget: Budget, backend: Backend) -> Sol
     total = float(flow.sum())
     if total <= 0:
         return contiguous(problem, seed, budget)
-    upper_bound = None
     if problem.num_nodes == 1:
-        ranks, upper_bound = place(flow, sizes, rng, budget, backend)
-        cut_short = budget.expired()
+        stages = [place(flow, sizes, rng, budget, backend)]
+        ranks, upper_bound = stages[0].ranks, stages[0].upper_bound
     else:
-        ranks, cut_short = _place_by_node(problem, flow, sizes, rng, budget, backend)
+        ranks, stages = _place_by_node(problem, flow, sizes, rng, budget, backend)
+        upper_bound = None
     placement = fill(problem, np.argsort(ranks, axis=1, kind="stable"))
     termination: Termination = "finished"
-    if cut_short:
+    if any(stage.cut_short for stage in stages):
         termination = "interrupted" if budget.interrupted else "time_limit"
     bound = 1.0 - min(total, kept_flow_bound(flow, problem)) / total
     if upper_bound is not None and problem.num_slots == problem.num_experts:
@@ -100,14 +102,26 @@ def _solve(problem: Problem, seed: int, budget: Budget, backend: Backend) -> Sol
         lower_bound=bound,
         bound_of="cross_rank_fraction",
         termination=termination,
-        notes={"integer_program": _outcome(kept_flow(flow, ranks), upper_bound)},
+        notes={"integer_program": ", ".join(dict.fromkeys(stage.program for stage in stages))},
     )
 
 
-def _outcome(kept: float, upper_bound: float | None) -> str:
-    if upper_bound is None:
-        return "not run, or without a bound"
-    return "optimal" if kept >= upper_bound * (1 - 1e-9) else "cut short"
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """What one stage found.
+
+    Attributes:
+        ranks: [L, E] group of each expert.
+        upper_bound: what the integer program proved no placement with the same sizes to exceed in
+            flow within groups; None if it did not run or told nothing.
+        program: "not run", "optimal" or "not proved".
+        cut_short: whether the budget ended the stage.
+    """
+
+    ranks: Ranks
+    upper_bound: float | None
+    program: str
+    cut_short: bool
 
 
 def place(
@@ -116,22 +130,18 @@ def place(
     rng: np.random.Generator,
     budget: Budget,
     backend: Backend,
-) -> tuple[Ranks, float | None]:
+) -> Stage:
     """One stage: experts to groups of the given sizes.
 
     Args:
         flow: [L-1, E, E] between experts of neighbouring layers.
         sizes: [G] experts of each group.
-
-    Returns:
-        [L, E] group of each expert, and what the integer program proved no placement with these
-        sizes to exceed in flow within groups, None if it did not run or told nothing.
     """
     num_layers, num_experts = len(flow) + 1, flow.shape[1]
     effort = effort_for(num_layers, num_experts, sizes.size)
     ranks = keep_flow(flow, sizes, rng, budget, effort)
-    if budget.expired() or not _is_small(num_layers, num_experts, sizes):
-        return ranks, None
+    if budget.expired() or not _is_small(num_layers, num_experts, sizes, MAX_IMPLICATIONS[backend]):
+        return Stage(ranks, None, "not run", budget.expired())
     weights, scale = to_integers(flow)
     program, pairs = _program(weights, int(sizes[0]))
     answer = solve(program, backend, _shared(ranks, pairs), EFFORT, budget)
@@ -139,7 +149,12 @@ def place(
         found = _ranks(answer.values, pairs, num_layers, num_experts)
         if kept_flow(flow, found) > kept_flow(flow, ranks):
             ranks = found
-    return ranks, None if answer.upper_bound is None else answer.upper_bound / scale
+    return Stage(
+        ranks,
+        None if answer.upper_bound is None else answer.upper_bound / scale,
+        "optimal" if answer.optimal else "not proved",
+        budget.expired(),
+    )
 
 
 def _place_by_node(
@@ -149,23 +164,21 @@ def _place_by_node(
     rng: np.random.Generator,
     budget: Budget,
     backend: Backend,
-) -> tuple[Ranks, bool]:
+) -> tuple[Ranks, list[Stage]]:
     """Experts to nodes, then the experts of each node to its ranks.
 
     Half of the time goes to the first stage; the rest is shared by the nodes.
 
     Returns:
-        [L, E] rank of each expert, and whether a stage was cut short.
+        [L, E] rank of each expert, and the stages.
     """
     sizes_by_node = sizes.reshape(problem.num_nodes, problem.ranks_per_node)
-    share = budget.part(0.5)
-    nodes, _ = place(flow, sizes_by_node.sum(axis=1), rng, share, backend)
-    cut_short = share.expired()
+    stages = [place(flow, sizes_by_node.sum(axis=1), rng, budget.part(0.5), backend)]
+    nodes = stages[0].ranks
     ranks = np.empty_like(nodes)
     for node, node_sizes in enumerate(sizes_by_node):
         if node_sizes.sum() == 0:
             continue
-        share = budget.part(1 / (problem.num_nodes - node))
         members = np.stack([np.nonzero(row == node)[0] for row in nodes])
         inside = np.stack(
             [
@@ -173,13 +186,16 @@ def _place_by_node(
                 for layer, layer_flow in enumerate(flow)
             ]
         )
-        found, _ = place(inside, node_sizes, rng, share, backend)
-        cut_short |= share.expired()
-        np.put_along_axis(ranks, members, found + node * problem.ranks_per_node, axis=1)
-    return ranks, cut_short
+        share = budget.part(1 / (problem.num_nodes - node))
+        stages.append(place(inside, node_sizes, rng, share, backend))
+        found = stages[-1].ranks + node * problem.ranks_per_node
+        np.put_along_axis(ranks, members, found, axis=1)
+    return ranks, stages
 
 
-def _is_small(num_layers: int, num_experts: int, sizes: NDArray[np.int64]) -> bool:
+def _is_small(
+    num_layers: int, num_experts: int, sizes: NDArray[np.int64], max_implications: int
+) -> bool:
     """Whether the integer program is within reach."""
     within = num_experts * (num_experts - 1) * (num_experts - 2) // 2
     between = 3 * num_experts**2 * (num_experts - 1)
@@ -187,7 +203,7 @@ def _is_small(num_layers: int, num_experts: int, sizes: NDArray[np.int64]) -> bo
         bool((sizes == sizes[0]).all())
         and sizes.size > 1
         and num_experts <= MAX_EXPERTS
-        and num_layers * within + (num_layers - 1) * between <= MAX_IMPLICATIONS
+        and num_layers * within + (num_layers - 1) * between <= max_implications
     )
 
 

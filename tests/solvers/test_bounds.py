@@ -188,6 +188,16 @@ def test_k_experts_need_ranks_for_all():
     assert solve(problem, "contiguous").status == "optimal"
 
 
+def test_a_copy_lets_an_expert_meet_two_partners_and_the_bound_knows():
+    tokens = np.array([[[0, 1]], [[0, 2]]])
+    tight = make_problem(tokens, 4, 2, 2)
+    assert bounds.lower_bound(tight) == pytest.approx(0.5 * 1.5)  # one pair is cut
+    spare = make_problem(tokens, 3, 2, 2)
+    placement = np.array([[0, 1, 0, 2]])
+    assert objective(spare, check(spare, placement)) == pytest.approx(0.5)
+    assert bounds.lower_bound(spare) == pytest.approx(0.5)
+
+
 def test_no_tokens_no_pairs_no_bound():
     problem = Problem(load=np.ones((1, 4)), num_ranks=2, slots_per_rank=2, ranks_per_node=2)
     assert bounds.lower_bound(problem) is None
