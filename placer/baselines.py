@@ -13,7 +13,7 @@ def baseline_placement(name: str, plan: Plan) -> Placement:
     """The placement called `name` for the same model and ranks as `plan`.
 
     Args:
-        name: "contiguous", "round_robin", or the path of a plan file.
+        name: "contiguous", or the path of a plan file.
         plan: gives layers, experts, ranks and slots.
 
     Raises:

@@ -21,7 +21,7 @@ from placer.plan import Dispatch, Plan
 from placer.trace.concat import concatenate
 from placer.trace.model import ModelDims, Trace
 from placer.trace.source import TraceSource
-from placer.trace.split import split_requests
+from placer.trace.split import scramble, split_requests
 
 if TYPE_CHECKING:
     from placer.cost import ReplicaPolicy
@@ -179,13 +179,18 @@ def judging_part(
 
 
 def sample_tokens(source: TraceSource, most: int) -> Trace:
-    """At most `most` tokens of `source`, evenly spaced in its order, so that all requests count."""
+    """About `most` tokens of `source`: one of every run of equally many, drawn without a pattern.
+
+    Tokens of decode passes come in the order of the batch, so a fixed stride could meet the same
+    few requests again and again. The draw depends on the token's place alone.
+    """
     stride = max(1, -(-source.num_tokens // most))
     kept: list[Trace] = []
     seen = 0
     for chunk in source.chunks():
-        index = np.arange(seen, seen + chunk.num_tokens)
-        kept.append(chunk.select(index % stride == 0))
+        run, place = np.divmod(np.arange(seen, seen + chunk.num_tokens), stride)
+        drawn = scramble(run, seed=0) % np.uint64(stride)
+        kept.append(chunk.select(place.astype(np.uint64) == drawn))
         seen += chunk.num_tokens
     return concatenate_traces(kept)
 
@@ -361,11 +366,13 @@ def refuse_broken_cap(result: Result, settings: Settings) -> None:
 
     A cap that nobody asked for refuses nothing.
     """
+    import solvers
+
     if result.status != "infeasible" or settings.cap_is_default:
         return
     found = (
         f"imbalance at most {settings.max_imbalance}; the least that {settings.solver} found is "
-        f"{result.parts['imbalance']:.4f}"
+        f"{solvers.capped_imbalance(result.parts):.4f}"
     )
     looser = "a higher --max-imbalance (none lifts it), or another slot per rank for replicas"
     if result.termination == "time_limit":

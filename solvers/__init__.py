@@ -9,7 +9,7 @@ from solvers.budget import Budget
 from solvers.problem import Problem
 from solvers.registry import get, names, register
 from solvers.result import InfeasibleProblem, NoSolutionFound, Result, Solution
-from solvers.solving import solve
+from solvers.solving import capped_imbalance, solve
 
 __all__ = [
     "Budget",
@@ -18,6 +18,7 @@ __all__ = [
     "Problem",
     "Result",
     "Solution",
+    "capped_imbalance",
     "get",
     "names",
     "register",

@@ -13,8 +13,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
+
+from solvers.compiling import compiled
 
 
 @intrinsic
@@ -27,7 +29,7 @@ def popcount(typing_context: Any, word: Any) -> Any:
     return types.uint64(types.uint64), generate
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def pack_bits(experts: Any, num_experts: int) -> Any:
     """[E + 1, W] uint64 tokens of each expert of one layer; the last row stays zero.
 
@@ -45,7 +47,7 @@ def pack_bits(experts: Any, num_experts: int) -> Any:
     return bits
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def next_random(state: Any) -> Any:
     """One step of xorshift64*: a uint64, all bits of it good enough for proposals."""
     x = state[0]
@@ -56,19 +58,19 @@ def next_random(state: Any) -> Any:
     return x * np.uint64(2685821657736338717)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def uniform(state: Any) -> Any:
     """A float64 in [0, 1)."""
     return (next_random(state) >> np.uint64(11)) * (1.0 / 9007199254740992.0)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def below(state: Any, limit: int) -> Any:
     """An integer in [0, limit)."""
     return np.int64(((next_random(state) >> np.uint64(32)) * np.uint64(limit)) >> np.uint64(32))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled
 def cover(bits: Any, slots: Any, first: int, last: int, once: Any, twice: Any) -> None:
     """Fill once / twice [W]: tokens with >= 1 / >= 2 experts in slots first..last - 1."""
     for w in range(once.size):
@@ -82,7 +84,7 @@ def cover(bits: Any, slots: Any, first: int, last: int, once: Any, twice: Any) -
                 once[w] |= bits[expert, w]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled
 def swap_change(
     row_a: Any, row_b: Any, once_a: Any, twice_a: Any, once_b: Any, twice_b: Any
 ) -> Any:
@@ -97,7 +99,7 @@ def swap_change(
     return change
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled
 def stay_change(
     row_a: Any,
     row_b: Any,
@@ -132,7 +134,7 @@ def stay_change(
     return change
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def count_bits(rows: Any) -> Any:
     """Number of set bits of a [rows, W] table."""
     total = np.int64(0)
@@ -142,7 +144,7 @@ def count_bits(rows: Any) -> Any:
     return total
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled
 def anneal_layer(
     bits: Any,
     relative: Any,

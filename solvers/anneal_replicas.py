@@ -18,12 +18,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from solvers.anneal import below, next_random, popcount, uniform
+from solvers.compiling import compiled
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled
 def cover_single(bits: Any, slots: Any, copies: Any, first: int, last: int, once: Any) -> Any:
     """Fill once [W]: tokens with a single-copy expert in slots first..last - 1; how many."""
     count = np.int64(0)
@@ -39,7 +39,7 @@ def cover_single(bits: Any, slots: Any, copies: Any, first: int, last: int, once
     return count
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled
 def measure_expert(
     bits: Any, expert: int, where: Any, copies: Any, once: Any, base: int, shrink: int,
     exclusive: Any, scratch: Any,
@@ -75,7 +75,7 @@ def measure_expert(
     return uncovered
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled
 def fill_load(
     relative: Any, tokens: Any, copies: Any, where: Any, exclusive: Any, rank_load: Any
 ) -> Any:
@@ -125,7 +125,7 @@ def fill_load(
     return peak
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled
 def anneal_layer_replicas(
     bits: Any,
     relative: Any,
@@ -364,7 +364,7 @@ def anneal_layer_replicas(
     return best
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled
 def distinct_groups(where: Any, copies: Any, expert: int, shrink: int) -> Any:
     """How many groups of `shrink` ranks hold a copy."""
     count = 0
@@ -377,7 +377,7 @@ def distinct_groups(where: Any, copies: Any, expert: int, shrink: int) -> Any:
     return count
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled
 def remove_copy(where: Any, copies: Any, expert: int, rank: int) -> None:
     """Forget the copy on `rank`; the last one takes its place in the list."""
     last = copies[expert] - 1
@@ -388,7 +388,7 @@ def remove_copy(where: Any, copies: Any, expert: int, rank: int) -> None:
     copies[expert] = last
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled
 def move_copy(where: Any, copies: Any, expert: int, source: int, target: int) -> None:
     """The copy on rank `source` is now on `target`."""
     for i in range(copies[expert]):
@@ -397,7 +397,7 @@ def move_copy(where: Any, copies: Any, expert: int, source: int, target: int) ->
             return
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled
 def serve_layer(
     experts: Any, slots: Any, num_experts: int, num_ranks: int, num_nodes: int, home: Any, load: Any
 ) -> Any:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
+
+from solvers.compiling import compiled
 
 _EPSILON = 1e-12  # relative to the largest profit: below it a detour is rounding, not gain
 
@@ -131,7 +132,7 @@ def _match_partitions(
     return best, argument
 
 
-assign = numba.njit(cache=True, nogil=True)(_assign)
-layer_profit = numba.njit(cache=True, nogil=True)(_layer_profit)
-flow_between_ranks = numba.njit(cache=True, nogil=True)(_flow_between_ranks)
-match_partitions = numba.njit(cache=True, nogil=True)(_match_partitions)
+assign = compiled(_assign)
+layer_profit = compiled(_layer_profit)
+flow_between_ranks = compiled(_flow_between_ranks)
+match_partitions = compiled(_match_partitions)

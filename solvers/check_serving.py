@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from solvers.compiling import compiled
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled
 def serve(experts: Any, copies: Any, home: Any, ranks_per_node: int) -> Any:
     """[T, K] rank that serves each pair of one layer, -1 = unused; see `solvers.check`.
 

@@ -250,9 +250,11 @@ def _served(layers: Layers, layer: int, slots: Slots) -> Candidate:
 
 
 def choose(
-    pools: Sequence[Sequence[Candidate]], cap: float | None
+    pools: Sequence[Sequence[Candidate]], cap: float | None, floor: float = 0.0
 ) -> tuple[list[Candidate], float]:
     """One candidate per layer: least total traffic with mean imbalance at most `cap`.
+
+    With a `floor` imbalance has that price in the first place: least traffic + floor x imbalance.
 
     Multiple-choice knapsack by its Lagrangian (bisection on the price, O(candidates) a step), the
     slack then filled greedily. When no choice keeps the cap, the least imbalance that there is.
@@ -267,13 +269,13 @@ def choose(
     def mean(choice: Iterable[Candidate]) -> float:
         return float(np.mean([c.imbalance for c in choice]))
 
-    free = pick(0.0)
+    free = pick(floor)
     if cap is None or mean(free) <= cap:
-        return free, 0.0
+        return free, floor
     tightest = [min(pool, key=lambda c: (c.imbalance, c.traffic)) for pool in pools]
     if mean(tightest) > cap:
         return tightest, BALANCE_PRICE
-    low, high = 0.0, 1e6
+    low, high = floor, 1e6
     choice = tightest
     for _ in range(60):
         price = (low * high) ** 0.5 if low > 0 else min(high / 2, 1.0)
@@ -284,7 +286,7 @@ def choose(
             low = price
         if low > 0 and high / low < 1.001:
             break
-    return _fill(pools, choice, cap), high
+    return (choice if floor > 0 else _fill(pools, choice, cap)), high
 
 
 def _fill(
@@ -336,9 +338,11 @@ def _separable(layers: Layers, seed: int, budget: Budget, price: float | None) -
     for layer in range(problem.num_layers):
         pools[layer].append(candidate(layer, start))
     long = _proposals(problem) // (2 if replicate else 1)
-    ladder = LADDER if price is None else (price,)
-    cap = problem.max_imbalance
-    with ThreadPoolExecutor(os.cpu_count()) as executor:
+    floor, cap = price or 0.0, problem.max_imbalance
+    # without a cap nothing but the price itself is of use
+    higher = tuple(mu for mu in LADDER if mu > floor)
+    ladder = (floor, *higher) if price is None or cap is not None else (floor,)
+    with ThreadPoolExecutor(_available_cores()) as executor:
 
         def extend(prices: Sequence[float], proposals: int, starts: Iterable[int]) -> None:
             jobs = [
@@ -352,17 +356,18 @@ def _separable(layers: Layers, seed: int, budget: Budget, price: float | None) -
                     pools[found[0]].append(found[1])
 
         extend(ladder, long // 4, [0])
-        if price is None:
-            _, settled = choose(pools, cap)
-            around = (settled / 1.6, settled, settled * 1.6) if settled > 0 else (0.0,)
-        else:
-            around = (price,)
+        _, settled = choose(pools, cap, floor)
+        around = (settled / 1.6, settled, settled * 1.6) if settled > floor else (floor,)
         extend(around, long, range(1, 1 + REFINE_STARTS))
-    if price is None:
-        chosen, _ = choose(pools, cap)
-    else:
-        chosen = [min(pool, key=lambda c: c.traffic + price * c.imbalance) for pool in pools]
-    return [c.slots for c in chosen]
+    if problem.objective == "balance":
+        return [min(pool, key=lambda c: (c.imbalance, c.traffic)).slots for pool in pools]
+    return [c.slots for c in choose(pools, cap, floor)[0]]
+
+
+def _available_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _align(layers: Layers, placement: list[Slots]) -> list[Slots]:
@@ -464,13 +469,16 @@ def _coherent(layers: Layers, seed: int, budget: Budget, price: float | None) ->
         visited.append((_coherent_traffic(layers, placement), imbalance, mu, placement))
         return imbalance
 
-    with ThreadPoolExecutor(os.cpu_count()) as executor:
-        if price is not None or cap is None:
-            for number in range(1 + REFINE_STARTS):
+    with ThreadPoolExecutor(_available_cores()) as executor:
+        floor = price or 0.0
+        fixed = cap is None or (price is not None and run(price, COHERENT_ROUNDS) <= cap)
+        if fixed:
+            for number in range(REFINE_STARTS):
                 if not budget.expired():
-                    run(price or 0.0, number)
+                    run(floor, number)
         else:
-            mu, low, high = 2.0, 0.0, float("inf")
+            assert cap is not None
+            mu, low, high = max(2.0, 3 * floor), floor, float("inf")
             for number in range(COHERENT_ROUNDS):
                 if budget.expired():
                     break
@@ -483,10 +491,10 @@ def _coherent(layers: Layers, seed: int, budget: Budget, price: float | None) ->
                 )  # fmt: skip
     if not visited:
         raise NoSolutionFound("the time limit passed before the first anneal ended")
-    if price is not None or cap is None:
-        return min(visited, key=lambda v: v[0] + (price or 0.0) * v[1])[3]
-    kept = [v for v in visited if v[1] <= cap]
-    return min(kept, key=lambda v: v[0])[3] if kept else min(visited, key=lambda v: v[1])[3]
+    kept = [v for v in visited if cap is None or v[1] <= cap]
+    if not kept:
+        return min(visited, key=lambda v: v[1])[3]
+    return min(kept, key=lambda v: v[0] + floor * v[1])[3]
 
 
 @register("local_search", source="placer", replicates=True)

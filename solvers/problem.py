@@ -106,5 +106,18 @@ class Problem:
                 raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
         if self.tokens is not None and self.tokens.shape[1] != num_layers:
             raise ValueError(f"tokens have {self.tokens.shape[1]} layers, load has {num_layers}")
+        if self.tokens is not None and len(self.tokens) == 0:  # nothing to count on
+            for name in ("tokens", "primary", "home", "batch"):
+                object.__setattr__(self, name, None)
+        if self.tokens is not None:
+            for name in ("primary", "home", "batch"):
+                array = getattr(self, name)
+                if array is not None and len(array) != len(self.tokens):
+                    raise ValueError(f"{name} has {len(array)} rows, tokens {len(self.tokens)}")
+            home = self.home
+            if home is not None and (home.min() < 0 or home.max() >= self.num_ranks):
+                raise ValueError(
+                    f"home ranks {home.min()}..{home.max()}, expected 0..{self.num_ranks - 1}"
+                )
         if self.max_imbalance is not None and self.max_imbalance < 1:
             raise ValueError(f"max_imbalance is {self.max_imbalance}; no plan is below 1")

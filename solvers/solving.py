@@ -63,15 +63,18 @@ def solve(
     return _result(problem, solution, solver, seed, seconds)
 
 
-def keeps_cap(problem: Problem, parts: dict[str, float]) -> bool:
-    """Whether a placement with these checked figures keeps the cap on imbalance.
+def capped_imbalance(parts: dict[str, float]) -> float:
+    """The checked figure that a cap on imbalance is about.
 
-    With replicas what counts is the load that ranks serve when tokens choose their copies.
+    With replicas it is that of the load that ranks serve when tokens choose their copies.
     """
-    if problem.max_imbalance is None:
-        return True
-    imbalance = parts.get("imbalance_served", parts["imbalance"])
-    return imbalance <= problem.max_imbalance * (1 + TOLERANCE)
+    return parts.get("imbalance_served", parts["imbalance"])
+
+
+def keeps_cap(problem: Problem, parts: dict[str, float]) -> bool:
+    """Whether a placement with these checked figures keeps the cap on imbalance."""
+    cap = problem.max_imbalance
+    return cap is None or capped_imbalance(parts) <= cap * (1 + TOLERANCE)
 
 
 def _result(problem: Problem, solution: Solution, solver: str, seed: int, seconds: float) -> Result:

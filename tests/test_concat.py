@@ -87,3 +87,14 @@ def test_filters_see_the_shifted_requests(pair):
 def test_traces_of_two_models_are_refused(pair, other):
     with pytest.raises(UsageError, match=r"layers \(ids .*\) x"):
         concatenate([MemorySource(pair[0]), MemorySource(other)])
+
+
+def test_dropping_gate_weights_keeps_the_primary_experts(pair):
+    weighted = replace(
+        pair[0], weights=np.random.default_rng(0).random(pair[0].experts.shape, np.float32)
+    )
+    plain = replace(pair[1], weights=None)
+    joined = concatenate([MemorySource(weighted), MemorySource(plain)]).read()
+    assert joined.weights is None
+    assert (joined.primary()[: weighted.num_tokens] == weighted.primary()).all()
+    assert (np.sort(joined.experts[: weighted.num_tokens]) == np.sort(weighted.experts)).all()

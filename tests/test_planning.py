@@ -98,12 +98,15 @@ def test_recorded_homes_count_where_these_ranks_exist(trace):
 
 
 @given(most=st.integers(1, 500))
-def test_a_sample_is_evenly_spaced_and_small_enough(most):
+def test_a_sample_has_a_token_of_every_run_and_is_small_enough(most):
     trace = topic_trace(num_requests=4, prefill=5, decode=3, num_layers=1)
+    trace = replace(trace, position=np.arange(trace.num_tokens))
     sample = sample_tokens(MemorySource(trace), most)
     assert 1 <= sample.num_tokens <= max(1, most)
     stride = -(-trace.num_tokens // most)
-    assert (sample.experts == trace.experts[::stride]).all()
+    run = sample.position // stride
+    assert (run == np.arange(run.size)).all()
+    assert run.size >= trace.num_tokens // stride
 
 
 @pytest.mark.parametrize(
@@ -216,3 +219,23 @@ def test_a_broken_cap_means_what_ended_the_search(trace, ending, termination, ex
     with pytest.raises(expected, match=r"imbalance at most 1\.01") as caught:
         make_plan([source_of(trace)], settings)
     assert caught.value.exit_code == exit_code
+
+
+def test_every_request_of_a_batch_is_sampled_whatever_the_stride():
+    """Decode tokens come in the order of the batch: a fixed stride would meet the same rows."""
+    num_requests, num_steps = 64, 128
+    trace = topic_trace(num_requests=num_requests, prefill=0, decode=num_steps, labels=False)
+    by_step = np.argsort(trace.position, kind="stable")
+    interleaved = replace(
+        trace,
+        **{
+            name: getattr(trace, name)[by_step]
+            for name in ("experts", "request", "position", "phase")
+        },
+        step=None,
+    )
+    for stride in (8, 16, 32):
+        most = interleaved.num_tokens // stride
+        sample = sample_tokens(MemorySource(interleaved), most)
+        assert sample.num_tokens <= most
+        assert len(set(sample.request.tolist())) == num_requests

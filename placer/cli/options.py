@@ -67,7 +67,8 @@ MaxImbalance = Annotated[
     typer.Option(
         "--max-imbalance",
         metavar="X|none",
-        help="Cap on max / mean rank load (mean over layers), in-sample. "
+        help="Cap on max / mean rank load (mean over layers), in-sample; with replicas, of "
+        "the load that ranks serve. "
         "Default: 1.10 for objective traffic; none lifts it.",
     ),
 ]

@@ -51,6 +51,7 @@ def solve(
     from placer.planning import Settings, make_plan, open_traces
     from placer.report.console import progress_status, show, show_warnings
     from placer.report.plans import plan_summary
+    from solvers import capped_imbalance
 
     check_output_file(output, force)
     settings = Settings(
@@ -75,7 +76,7 @@ def solve(
         sources = open_traces(traces)
         show_warnings([warning for source in sources for warning in source.warnings])
         plan = make_plan(sources, settings, progress)
-    cap, reached = settings.max_imbalance, plan.certificate["parts"]["imbalance"]
+    cap, reached = settings.max_imbalance, capped_imbalance(plan.certificate["parts"])
     if settings.cap_is_default and cap is not None and reached > cap:
         show_warnings(
             [

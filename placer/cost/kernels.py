@@ -7,11 +7,10 @@ Every kernel is O(T L K) (`serve_local`: O(T L K C)), releases the GIL and is ca
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from solvers.compiling import compiled
 
 Ints = NDArray[np.int32]
 Longs = NDArray[np.int64]
@@ -33,10 +32,8 @@ _TRANSITIONS = 10
 _CROSS_RANK_PER_TOKEN = 11
 _CROSS_NODE_PER_TOKEN = 12
 
-_njit: Any = njit(nogil=True, cache=True, error_model="numpy")
 
-
-@_njit
+@compiled
 def serve_round_robin(experts: Ints, ranks: Ints, copies: Ints, index: Longs, served: Ints) -> None:
     """Give token i of the trace copy number i mod copies of each of its experts.
 
@@ -61,7 +58,7 @@ def serve_round_robin(experts: Ints, ranks: Ints, copies: Ints, index: Longs, se
                     served[t, l, k] = ranks[l, e, index[t] % copies[l, e]]
 
 
-@_njit
+@compiled
 def serve_local(
     experts: Ints,
     weights: Weights,
@@ -152,7 +149,7 @@ def serve_local(
                     h = served[t, l, primary]
 
 
-@_njit
+@compiled
 def count(
     served: Ints,
     weights: Weights,
@@ -278,7 +275,7 @@ def count(
         row[_CROSS_NODE_PER_TOKEN] += cross_node_weighted
 
 
-@_njit
+@compiled
 def transfers(
     served: Ints,
     weights: Weights,
@@ -349,7 +346,7 @@ def transfers(
             h = gather
 
 
-@_njit
+@compiled
 def activate(
     experts: Ints, served: Ints, batch: Ints, pairs: Ints, activated: Ints, last: Longs, stamp: int
 ) -> None:

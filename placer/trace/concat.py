@@ -18,7 +18,8 @@ class ConcatenatedSource(TraceSource):
     """Sources one after the other; made by `concatenate`.
 
     Requests of the second and later sources get ids of their own. Forward-pass numbers are shifted
-    as well, so that a batch never joins two traces. Columns that some source lacks are dropped.
+    as well, so that a batch never joins two traces. Columns that some source lacks are
+    dropped; without gate weights the primary expert moves to column 0.
     """
 
     def __init__(self, sources: Sequence[TraceSource]) -> None:
@@ -59,7 +60,10 @@ class ConcatenatedSource(TraceSource):
         weights = with_weights and self.has_weights
         for number, source in enumerate(self._sources):
             request_shift, step_shift = self._request_shift[number], self._step_shift[number]
-            for chunk in source.chunks(max_tokens, with_weights=weights):
+            dropped = source.has_weights and not self.has_weights
+            for chunk in source.chunks(max_tokens, with_weights=weights or dropped):
+                if dropped:
+                    chunk = _primary_first(chunk)
                 missing = self.top_k - chunk.top_k
                 padding = ((0, 0), (0, 0), (0, missing))
                 yield replace(
@@ -91,6 +95,16 @@ class ConcatenatedSource(TraceSource):
             for number, source in enumerate(self._sources)
             for request, label in source.request_labels().items()
         }
+
+
+def _primary_first(trace: Trace) -> Trace:
+    """The trace without gate weights, its primary experts moved to column 0."""
+    if trace.weights is None:
+        return trace
+    masked = np.where(trace.experts >= 0, trace.weights, -np.inf)
+    column = masked.argmax(axis=2)[:, :, None]
+    order = np.argsort(np.arange(trace.top_k) != column, axis=2, kind="stable")
+    return replace(trace, experts=np.take_along_axis(trace.experts, order, axis=2), weights=None)
 
 
 def _shape(source: TraceSource) -> str:

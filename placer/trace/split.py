@@ -53,7 +53,7 @@ def split_requests(
             "fitted to takes two or more",
             "trace more requests, or --in-sample to judge it on the tokens that it was fitted to",
         )
-    shuffled = ids[np.argsort(_scramble(ids, seed))]
+    shuffled = ids[np.argsort(scramble(ids, seed))]
     groups: dict[str, list[int]] = {}
     for request in shuffled.tolist():
         groups.setdefault((labels or {}).get(request, ""), []).append(request)
@@ -74,12 +74,12 @@ def _quotas(sizes: list[int], total: int, tie_break: int) -> list[int]:
     shares = np.array(sizes, np.float64) * total / sum(sizes)
     quotas = np.floor(shares + 1e-9).astype(np.int64)
     remainders = np.round(shares - quotas, 9)
-    order = np.lexsort((_scramble(np.arange(len(sizes)), tie_break), -remainders))
+    order = np.lexsort((scramble(np.arange(len(sizes)), tie_break), -remainders))
     quotas[order[: total - int(quotas.sum())]] += 1
     return [int(quota) for quota in quotas]
 
 
-def _scramble(values: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
+def scramble(values: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
     """A pseudo-random 64-bit number for each value, distinct for distinct values.
 
     The finaliser of SplitMix64 (Steele, Lea and Flood, 2014), a bijection.

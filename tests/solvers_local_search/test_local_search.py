@@ -247,3 +247,20 @@ def test_the_solver_itself_returns_a_solution_for_one_rank():
     problem = problem_of(topic_tokens(10, num_tokens=20), 16, 1)
     solution = local_search(problem, 0, Budget())
     assert sorted(solution.placement[0]) == list(range(16))
+
+
+@pytest.mark.parametrize("dispatch", ["alltoall", "coherent"])
+def test_a_cap_binds_the_objective_latency_as_well(dispatch):
+    """Messages are dear and load is cheap: only the cap keeps the ranks balanced."""
+    options = {"dispatch": dispatch, "objective": "latency", "max_imbalance": 1.1}
+    prices = {"latency_load_us": 0.01, "latency_message_us": 1.0}
+    problem = problem_of(topic_tokens(1), 16, 4, **options, **prices)
+    assert solvers.solve(problem, "local_search").status == "feasible"
+
+
+def test_a_problem_without_tokens_is_one_of_load_alone():
+    tokens = topic_tokens(1)
+    problem = problem_of(tokens, 16, 4, objective="balance")
+    empty = replace(problem, tokens=tokens[:0], primary=tokens[:0, :, 0])
+    assert empty.tokens is None
+    assert solvers.solve(empty, "local_search").parts["imbalance"] < 1.1
