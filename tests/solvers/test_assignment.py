@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 from solvers import Budget
 from solvers.assignment import assign
-from solvers.chain import Effort, contiguous_ranks, effort_for, keep_flow, kept_flow
+from solvers.chain import (
+    Effort,
+    _match_labels,
+    contiguous_ranks,
+    effort_for,
+    keep_flow,
+    kept_flow,
+)
 
 
 @settings(max_examples=150, deadline=None)
@@ -86,3 +93,21 @@ def test_a_spent_budget_gives_the_contiguous_placement():
     sizes = np.array([2, 2, 2])
     ranks = keep_flow(flow, sizes, np.random.default_rng(0), Budget(0.0), effort_for(4, 6, 3))
     assert (ranks == contiguous_ranks(4, sizes)).all()
+
+
+def test_labels_are_matched_exactly_and_within_ranks_of_one_size():
+    rng = np.random.default_rng(3)
+    sizes = np.array([3, 3, 2, 2])
+    ranks = contiguous_ranks(5, sizes)
+    flow = (ranks[0][:, None] == ranks[0]) * rng.random((4, 10, 10))
+    shuffled = ranks.copy()
+    for layer in range(5):
+        shuffled[layer] = np.array([1, 0, 3, 2] if layer % 2 else [0, 1, 2, 3])[ranks[layer]]
+    assert kept_flow(flow, shuffled) == 0
+    changed = _match_labels(flow, shuffled, sizes)
+    assert changed.all()
+    assert kept_flow(flow, shuffled) == pytest.approx(flow.sum())
+    assert not _match_labels(flow, shuffled, sizes).any()
+    flow[0] = np.roll(flow[0], 6, axis=1)  # the best match would put three experts on two slots
+    _match_labels(flow, shuffled, sizes)
+    assert all((np.bincount(row) == sizes).all() for row in shuffled)
