@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +52,22 @@ class Progress:
     num_prompts_done: int
     num_prompts: int
     num_tokens: int
+
+
+@contextlib.contextmanager
+def _closed_undisturbed(tracer: Tracer) -> Iterator[None]:
+    """The tracer's own context, whose end a second Ctrl-C does not break off.
+
+    What is still in memory is written there; it takes a second at most.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    with contextlib.ExitStack() as last, tracer:
+        try:
+            yield
+        finally:
+            if in_main:
+                before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+                last.callback(signal.signal, signal.SIGINT, before)
 
 
 def trace_model(
@@ -120,7 +139,7 @@ def trace_model(
     start = time.perf_counter()
     interrupted = False
     try:
-        with tracer:
+        with _closed_undisturbed(tracer):
             for first in range(0, len(requests), batch_size):
                 run.generate(requests[first : first + batch_size])
     except KeyboardInterrupt:
