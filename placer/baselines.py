@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from placer.errors import UsageError
-from placer.placement import Placement, contiguous
+from placer.placement import Placement, contiguous_like
 from placer.plan import Plan, read_plan
 
 
@@ -21,13 +21,7 @@ def baseline_placement(name: str, plan: Plan) -> Placement:
     """
     ours = plan.placement
     if name == "contiguous":
-        return contiguous(
-            ours.num_layers,
-            ours.num_experts,
-            ours.num_ranks,
-            ours.slots_per_rank,
-            ours.ranks_per_node,
-        )
+        return contiguous_like(ours)
     if Path(name).is_file():
         other = read_plan(Path(name))
         theirs = other.placement

@@ -8,7 +8,7 @@ from typing import Any
 
 from placer.errors import PlacerError
 from placer.evaluation import evaluate
-from placer.placement import contiguous
+from placer.placement import contiguous_like
 from placer.planning import (
     CAPPED_SOLVERS,
     Progress,
@@ -54,13 +54,6 @@ def compare_solvers(
         check_solver(name)
     parts = split_sources(sources, settings)
     problem = build_problem(parts.fit, settings, progress)
-    baseline = contiguous(
-        problem.num_layers,
-        problem.num_experts,
-        problem.num_ranks,
-        problem.slots_per_rank,
-        problem.ranks_per_node,
-    )
     rows: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
     first_error: PlacerError | None = None
@@ -75,9 +68,10 @@ def compare_solvers(
             first_error = first_error or error
             continue
         progress(f"judging {name}")
+        placement = placement_of(problem, result)
         evaluation = evaluate(
-            placement_of(problem, result),
-            {"contiguous": baseline},
+            placement,
+            {"contiguous": contiguous_like(placement)},
             parts.judge,
             scope=parts.scope,
             dispatch=settings.dispatch,

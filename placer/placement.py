@@ -89,3 +89,14 @@ def contiguous(
         row[rank, : share.size] = share
     table = np.tile(row.reshape(1, -1), (num_layers, 1))
     return Placement(table, num_experts, num_ranks, ranks_per_node)
+
+
+def contiguous_like(other: Placement) -> Placement:
+    """The contiguous placement of the same experts on the same ranks and slots."""
+    return contiguous(
+        other.num_layers,
+        other.num_experts,
+        other.num_ranks,
+        other.slots_per_rank,
+        other.ranks_per_node,
+    )

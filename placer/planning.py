@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 
 from placer import __version__
 from placer.cluster import Cluster, fits, load_cluster
+from placer.cost.order import concatenate
 from placer.errors import InfeasibleError, PlacerError, TimeLimitError, UsageError
 from placer.evaluation import evaluate, homes_fit
-from placer.placement import Placement, contiguous
+from placer.placement import Placement, contiguous_like
 from placer.plan import Dispatch, Plan
-from placer.trace.concat import concatenate
+from placer.trace.concat import concatenate as concatenate_sources
 from placer.trace.model import ModelDims, Trace
 from placer.trace.source import TraceSource
 from placer.trace.split import scramble, split_requests
@@ -122,10 +123,10 @@ def split_sources(sources: Sequence[TraceSource], settings: Settings) -> Parts:
         entry["fit_requests"] = digest_of(split.fit)
         fit.append(phased.filtered(requests=split.fit))
         judge.append(phased.filtered(requests=split.held_out))
-    whole = concatenate(fit)
+    whole = concatenate_sources(fit)
     if settings.in_sample:
         return Parts(whole, whole, "in-sample", inputs)
-    return Parts(whole, concatenate(judge), "held-out", inputs)
+    return Parts(whole, concatenate_sources(judge), "held-out", inputs)
 
 
 def digest_of(requests: NDArray[np.int64]) -> str:
@@ -192,19 +193,7 @@ def sample_tokens(source: TraceSource, most: int) -> Trace:
         drawn = scramble(run, seed=0) % np.uint64(stride)
         kept.append(chunk.select(place.astype(np.uint64) == drawn))
         seen += chunk.num_tokens
-    return concatenate_traces(kept)
-
-
-def concatenate_traces(traces: Sequence[Trace]) -> Trace:
-    """Traces of one model as one, in their order."""
-    from dataclasses import replace
-
-    def joined(name: str) -> Any:
-        arrays = [getattr(trace, name) for trace in traces]
-        return None if arrays[0] is None else np.concatenate(arrays)
-
-    names = ("experts", "request", "position", "phase", "step", "weights", "home")
-    return replace(traces[0], **{name: joined(name) for name in names})
+    return concatenate(kept)
 
 
 def slots_needed(num_experts: int, num_ranks: int, slots_per_rank: int | None) -> int:
@@ -421,13 +410,7 @@ def plan_of_result(
     A result that breaks only the default cap is feasible: nobody asked for the cap.
     """
     placement = placement_of(problem, result)
-    baseline = contiguous(
-        problem.num_layers,
-        problem.num_experts,
-        problem.num_ranks,
-        problem.slots_per_rank,
-        problem.ranks_per_node,
-    )
+    baseline = contiguous_like(placement)
     evaluation = evaluate(
         placement,
         {"contiguous": baseline},

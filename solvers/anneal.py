@@ -59,6 +59,16 @@ def next_random(state: Any) -> Any:
 
 
 @compiled
+def seeded(seed: int) -> Any:
+    """[1] uint64, the state of the random numbers of a seed."""
+    state = np.zeros(1, np.uint64)
+    state[0] = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x2545F4914F6CDD1D)
+    for _ in range(4):
+        next_random(state)
+    return state
+
+
+@compiled
 def uniform(state: Any) -> Any:
     """A float64 in [0, 1)."""
     return (next_random(state) >> np.uint64(11)) * (1.0 / 9007199254740992.0)
@@ -219,10 +229,7 @@ def anneal_layer(
         peak = max(peak, rank_load[rank])
     cost = price * peak + square_price * squares
     best = cost
-    state = np.zeros(1, np.uint64)
-    state[0] = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x2545F4914F6CDD1D)
-    for _ in range(4):
-        next_random(state)
+    state = seeded(seed)
     if num_ranks == 1:
         return best
     for _ in range(proposals):

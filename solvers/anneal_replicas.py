@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from solvers.anneal import below, next_random, popcount, uniform
+from solvers.anneal import below, popcount, seeded, uniform
 from solvers.compiling import compiled
 
 
@@ -190,10 +190,7 @@ def anneal_layer_replicas(
     touched = np.zeros(num_ranks, np.bool_)
     stale = np.zeros(num_experts, np.bool_)
     best_slots = np.zeros(num_slots, np.int64)
-    state = np.zeros(1, np.uint64)
-    state[0] = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x2545F4914F6CDD1D)
-    for _ in range(4):
-        next_random(state)
+    state = seeded(seed)
     cost = 0.0
     best = 1e300
     for step in range(proposals + 1):
