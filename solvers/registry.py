@@ -62,8 +62,8 @@ def register(
 def _load_all() -> None:
     import solvers
 
-    for module in pkgutil.iter_modules(solvers.__path__):
-        importlib.import_module(f"solvers.{module.name}")
+    for module in pkgutil.walk_packages(solvers.__path__, "solvers."):
+        importlib.import_module(module.name)
 
 
 def names() -> list[str]:

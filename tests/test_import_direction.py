@@ -30,7 +30,17 @@ SEPARATE = [
     {"cost", "affinity", "tracer"},
     {"report", "runtime", "engines"},
 ]
-HEAVY = {"torch", "ortools", "scipy", "numba", "transformers", "pulp", "networkx", "pyarrow"}
+HEAVY = {
+    "torch",
+    "ortools",
+    "scipy",
+    "numba",
+    "transformers",
+    "pulp",
+    "networkx",
+    "pyarrow",
+    "matplotlib",
+}
 
 
 def imported_modules(path: Path) -> Iterator[tuple[int, str]]:
