@@ -14,6 +14,7 @@ ties to the lower rank. Tokens are served in their order.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,13 @@ def check(problem: Problem, placement: NDArray[np.integer]) -> dict[str, float]:
     Returns:
         imbalance: mean over layers of max / mean rank load (1 for a layer without load).
         imbalance_max: the same of the worst layer.
+        imbalance_scenarios: with `scenario_load`: the imbalance averaged over scenarios, each
+            workload's counted by `robust`; with replicas of the pairs that ranks serve where
+            `scenario` says which tokens are whose. The cap is on this one.
+        traffic_workloads: with several workloads: their traffic, as `objective` defines it, by
+            `robust`.
+        moves: with `current`: copies on ranks that do not hold the expert there.
+        slots_filled: with `slot_budget`: the most filled slots of a rank, summed over layers.
         imbalance_served: with `tokens` and replicas: the same as `imbalance`, of the pairs that
             each rank serves when every token chooses its copies, under the problem's dispatch.
         max_rank_load: mean over layers of the busiest rank's load, token-expert pairs.
@@ -50,6 +58,8 @@ def check(problem: Problem, placement: NDArray[np.integer]) -> dict[str, float]:
         imbalance_batch, imbalance_batch_p95: with `batch`: mean and 95th percentile over batches
             and layers of max / mean rank load within the batch, copies loaded evenly.
 
+        link_cost: with `link_cost`: what the messages of the problem's dispatch cost.
+
         From `affinity` and `coactivation`:
 
         cross_rank_fraction: share of the flow between consecutive layers that changes rank. With
@@ -64,14 +74,16 @@ def check(problem: Problem, placement: NDArray[np.integer]) -> dict[str, float]:
     """
     copies = _copies(problem, placement)
     rank_load = _rank_load(problem.load, copies)
-    mean = rank_load.mean(axis=1)
-    worst = rank_load.max(axis=1)
-    imbalance = np.divide(worst, mean, out=np.ones_like(mean), where=mean > 0)
+    imbalance = _imbalance(problem, rank_load)
     figures = {
         "imbalance": float(imbalance.mean()),
         "imbalance_max": float(imbalance.max()),
-        "max_rank_load": float(worst.mean()),
+        "max_rank_load": float((rank_load / problem.fair_share).max(axis=1).mean()),
     }
+    figures |= _changes(problem, placement, copies)
+    if problem.scenario_load is not None:
+        even = np.stack([_rank_load(load, copies) for load in problem.scenario_load])
+        figures["imbalance_scenarios"] = _over_scenarios(problem, even)
     if problem.tokens is not None:
         figures |= _token_figures(problem, copies)
         if problem.batch is not None:
@@ -93,12 +105,13 @@ def objective(problem: Problem, parts: dict[str, float]) -> float:
     traffic: messages of the problem's dispatch + node_weight x node messages. `allgather` sends
         every token to every rank: G - 1 messages and N - 1 node messages, whatever the placement.
         Without `tokens` the pairwise stand-ins take the place of the exact messages.
-    balance: imbalance.
+        With `link_cost` what the messages cost; of several workloads what `robust` makes of theirs.
+    balance: imbalance, over the scenarios where there are any.
     latency: microseconds of the mean layer, over all the tokens that `load` counts:
         latency_load_us x max_rank_load + latency_message_us x traffic x tokens / G.
     """
     if problem.objective == "balance":
-        return parts["imbalance"]
+        return parts.get("imbalance_scenarios", parts["imbalance"])
     traffic = _traffic(problem, parts)
     if problem.objective == "traffic":
         return traffic
@@ -130,6 +143,10 @@ def num_tokens(problem: Problem) -> float:
 def _traffic(problem: Problem, parts: dict[str, float]) -> float:
     if problem.dispatch == "allgather":
         return problem.num_ranks - 1 + problem.node_weight * (problem.num_nodes - 1)
+    if "traffic_workloads" in parts:
+        return parts["traffic_workloads"]
+    if "link_cost" in parts:
+        return parts["link_cost"]
     if f"messages_{problem.dispatch}" in parts:
         messages, nodes = parts[f"messages_{problem.dispatch}"], parts["node_messages"]
     elif "messages_pairwise" in parts:
@@ -137,6 +154,58 @@ def _traffic(problem: Problem, parts: dict[str, float]) -> float:
     else:
         raise ValueError(f"objective {problem.objective!r} needs tokens or coactivation")
     return messages + problem.node_weight * nodes
+
+
+def _imbalance(problem: Problem, rank_load: NDArray[Any]) -> NDArray[np.float64]:
+    """[...] max / mean of rank loads [..., G], each by its fair share; 1 without load."""
+    mean = rank_load.mean(axis=-1)
+    worst = (rank_load / problem.fair_share).max(axis=-1)
+    ratio: NDArray[np.float64] = np.divide(worst, mean, out=np.ones_like(mean), where=mean > 0)
+    return ratio
+
+
+def _over_scenarios(problem: Problem, rank_load: NDArray[Any]) -> float:
+    """Imbalance of rank loads [C, L, G]: means over layers and scenarios, workloads by `robust`."""
+    of_scenario = _imbalance(problem, rank_load).mean(axis=1)
+    workload = problem.workload
+    if workload is None:
+        return float(of_scenario.mean())
+    of_workload = np.bincount(workload, of_scenario) / np.bincount(workload)
+    return problem.aggregate(of_workload)
+
+
+def _changes(
+    problem: Problem, placement: NDArray[np.integer], copies: NDArray[np.bool_]
+) -> dict[str, float]:
+    """Moves and filled slots; ValueError where pins or the ranks' slots are not kept."""
+    filled = (placement.reshape(problem.num_layers, problem.num_ranks, -1) >= 0).sum(axis=2)
+    if (filled > problem.slots_of_ranks).any():
+        layer, rank = np.argwhere(filled > problem.slots_of_ranks)[0]
+        raise ValueError(
+            f"layer {layer}: rank {rank} fills {filled[layer, rank]} slots, "
+            f"it has {problem.slots_of_ranks[layer, rank]}"
+        )
+    if problem.pinned is not None:
+        for layer, expert in np.argwhere(problem.pinned >= 0):
+            if not copies[layer, expert, problem.pinned[layer, expert]]:
+                raise ValueError(
+                    f"layer {layer}: expert {expert} is not on rank "
+                    f"{problem.pinned[layer, expert]}, to which it is pinned"
+                )
+    figures: dict[str, float] = {}
+    if problem.slot_budget is not None:
+        figures["slots_filled"] = float(filled.sum(axis=0).max())
+        if figures["slots_filled"] > problem.slot_budget:
+            raise ValueError(
+                f"a rank fills {figures['slots_filled']:.0f} slots over all layers, "
+                f"the budget is {problem.slot_budget}"
+            )
+    if problem.current is not None:
+        before = _copies(problem, problem.current)
+        figures["moves"] = float((copies & ~before).sum())
+        if problem.max_moves is not None and figures["moves"] > problem.max_moves:
+            raise ValueError(f"{figures['moves']:.0f} moves, at most {problem.max_moves} allowed")
+    return figures
 
 
 def _copies(problem: Problem, placement: NDArray[np.integer]) -> NDArray[np.bool_]:
@@ -179,12 +248,20 @@ def _any(array: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 @dataclass(frozen=True)
 class _Served:
-    """Sums over tokens and layers, and the pairs that each rank serves [L, G]."""
+    """Sums over layers.
+
+    Attributes:
+        span, node_span: over all tokens.
+        messages, node_messages, cost: [W] over the tokens of each workload; the cost is that of
+            the messages by `link_cost`, 0 without.
+        pairs: [C, L, G] pairs that each rank serves, by scenario (C = 1 without).
+    """
 
     span: int
     node_span: int
-    messages: float
-    node_messages: float
+    messages: NDArray[np.float64]
+    node_messages: NDArray[np.float64]
+    cost: NDArray[np.float64]
     pairs: NDArray[np.int64]
 
 
@@ -197,15 +274,22 @@ def _token_figures(problem: Problem, copies: NDArray[np.bool_]) -> dict[str, flo
     figures = {
         "span": own.span / count,
         "node_span": own.node_span / count,
-        "messages_alltoall": alltoall.messages / count,
-        "messages_coherent": coherent.messages / count,
-        "node_messages": own.node_messages / count,
+        "messages_alltoall": float(alltoall.messages.sum()) / count,
+        "messages_coherent": float(coherent.messages.sum()) / count,
+        "node_messages": float(own.node_messages.sum()) / count,
     }
+    traffic = own.messages + problem.node_weight * own.node_messages
+    if problem.link_cost is not None:
+        figures["link_cost"] = float(own.cost.sum()) / count
+        traffic = own.cost
+    if problem.num_workloads > 1:
+        tokens_of = np.bincount(problem.token_workload, minlength=problem.num_workloads)
+        per_token = traffic / (tokens_of * problem.num_layers)
+        figures["traffic_workloads"] = problem.aggregate(per_token)
     if (copies.sum(axis=2) > 1).any():
-        mean = own.pairs.mean(axis=1)
-        worst = own.pairs.max(axis=1)
-        ratio = np.divide(worst, mean, out=np.ones_like(mean), where=mean > 0)
-        figures["imbalance_served"] = float(ratio.mean())
+        figures["imbalance_served"] = float(_imbalance(problem, own.pairs.sum(axis=0)).mean())
+        if problem.scenario is not None:
+            figures["imbalance_scenarios"] = _over_scenarios(problem, own.pairs)
     return figures
 
 
@@ -215,32 +299,47 @@ def _serve(problem: Problem, dispatch: Dispatch, copies: NDArray[np.bool_]) -> _
     assert tokens is not None
     coherent = dispatch == "coherent"
     home = None if problem.home is None else problem.home.astype(np.int64)
+    scenario = np.zeros(len(tokens), np.int64) if problem.scenario is None else problem.scenario
+    num_scenarios = 1 if problem.scenario_load is None else len(problem.scenario_load)
+    workload, num_workloads = problem.token_workload, problem.num_workloads
+    row = np.arange(len(tokens))
     span = node_span = 0
-    messages = node_messages = 0.0
-    pairs = np.zeros((problem.num_layers, num_ranks), np.int64)
+    messages, node_messages, cost = np.zeros((3, num_workloads))
+    pairs = np.zeros((num_scenarios, problem.num_layers, num_ranks), np.int64)
+
+    def of_workloads(figure: NDArray[Any]) -> NDArray[np.float64]:
+        return np.bincount(workload, figure, minlength=num_workloads).astype(np.float64)
+
     for layer in range(problem.num_layers):
         experts = tokens[:, layer, :]
         used, served = _choose_copies(experts, copies[layer], home, problem.ranks_per_node)
-        pairs[layer] = np.bincount(served[served >= 0], minlength=num_ranks)
         used_nodes = _any(used.reshape(len(used), problem.num_nodes, -1))
-        layer_span, layer_node_span = int(used.sum()), int(used_nodes.sum())
-        span += layer_span
-        node_span += layer_node_span
+        pair = (scenario[:, None] * num_ranks + served)[served >= 0]
+        pairs[:, layer] = np.bincount(pair, minlength=num_scenarios * num_ranks).reshape(
+            num_scenarios, num_ranks
+        )
+        ranks, nodes = used.sum(axis=1), used_nodes.sum(axis=1)
+        span += int(ranks.sum())
+        node_span += int(nodes.sum())
         if home is None:
-            messages += layer_span * (1 - 1 / num_ranks)
-            node_messages += layer_node_span * (1 - 1 / problem.num_nodes)
+            messages += of_workloads(ranks * (1 - 1 / num_ranks))
+            node_messages += of_workloads(nodes * (1 - 1 / problem.num_nodes))
         else:
-            row = np.arange(len(used))
-            messages += layer_span - int(used[row, home].sum())
-            node_messages += layer_node_span - int(
-                used_nodes[row, home // problem.ranks_per_node].sum()
-            )
+            messages += of_workloads(ranks - used[row, home])
+            node_messages += of_workloads(nodes - used_nodes[row, home // problem.ranks_per_node])
+        if problem.link_cost is not None:
+            from_home = problem.link_cost.mean(axis=0)[None]
+            if home is not None:
+                from_home = problem.link_cost[home]
+            cost += of_workloads((used * from_home).sum(axis=1))
         if coherent:
-            active = int(used.any(axis=1).sum())
-            messages += layer_span - active
-            node_messages += layer_node_span - active
+            active = ranks > 0
+            messages += of_workloads(ranks - active)
+            node_messages += of_workloads(nodes - active)
             home = _rank_of_primary(problem, layer, experts, served, home)
-    return _Served(span, node_span, messages, node_messages, pairs)
+            if problem.link_cost is not None:
+                cost += of_workloads((used * problem.link_cost.T[home]).sum(axis=1))
+    return _Served(span, node_span, messages, node_messages, cost, pairs)
 
 
 def _choose_copies(
@@ -280,7 +379,7 @@ def _rank_of_primary(
     experts: NDArray[np.integer],
     served: NDArray[np.int64],
     home: NDArray[np.int64] | None,
-) -> NDArray[np.int64] | None:
+) -> NDArray[np.int64]:
     """[T] where each token's hidden state is after the layer.
 
     A token without experts stays where it is; if nobody knows where that is, on rank 0.

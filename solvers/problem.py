@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 Dispatch = Literal["alltoall", "coherent", "allgather"]
 Objective = Literal["traffic", "balance", "latency"]
+Robust = Literal["mean", "worst", "cvar"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -36,7 +37,27 @@ class Problem:
         batch: [T] batch number of each of `tokens`, non-decreasing; imbalance over batches.
         dispatch: which traffic counts.
         objective: what to minimise.
-        max_imbalance: cap on the mean over layers of max / mean rank load; None = no cap.
+        max_imbalance: cap on the mean over layers of max / mean rank load, over the scenarios where
+            there are any; None = no cap.
+        scenario_load: [C, L, E] load in each scenario that balance is asked of: folds of the
+            requests, so that a plan is not balanced by chance of the sample, batches, workloads.
+        scenario: [T] scenario of each of `tokens`.
+        workload: [C] workload that each scenario belongs to, 0..W-1; None = all to one. A plan for
+            several workloads is judged by `robust`; each counts alike, whatever its size.
+        robust: what several workloads come to: their `mean`, the `worst` of them, or the mean of
+            the worse half (`cvar`); of the traffic, and of the imbalance averaged over a workload's
+            scenarios.
+        rank_speed: [G] how fast each rank computes, in any unit; a rank's load counts in units of
+            what is fair for its speed. None = all alike.
+        rank_slots: [L, G] slots that each rank may fill; None = slots_per_rank.
+        slot_budget: most slots of one rank that are filled, summed over layers; the solver decides
+            how many of them each layer gets, up to slots_per_rank. None = no such limit.
+        pinned: [L, E] rank that an expert must have a copy on, -1 = anywhere.
+        current: [L, S] the placement in use; the search may start there, and moves are counted.
+        max_moves: most copies of experts, over all layers, on ranks that do not hold them in
+            `current`; None = any number.
+        link_cost: [G, G] cost of a message from one rank to another in place of 1 and node_weight,
+            e.g. by measured bandwidths; the diagonal is 0.
         node_weight: what a message that crosses nodes costs more than one inside a node,
             in units of the latter; traffic = messages + node_weight * node messages.
         num_groups: groups of consecutive experts that the model's router limits a token to some of
@@ -63,6 +84,17 @@ class Problem:
     latency_load_us: float = 0.0
     latency_message_us: float = 0.0
     num_groups: int = 1
+    scenario_load: NDArray[np.float64] | None = None
+    scenario: NDArray[np.int64] | None = None
+    workload: NDArray[np.int64] | None = None
+    robust: Robust = "mean"
+    rank_speed: NDArray[np.float64] | None = None
+    rank_slots: NDArray[np.int64] | None = None
+    slot_budget: int | None = None
+    pinned: NDArray[np.int64] | None = None
+    current: NDArray[np.int64] | None = None
+    max_moves: int | None = None
+    link_cost: NDArray[np.float64] | None = None
 
     @property
     def num_layers(self) -> int:
@@ -121,3 +153,126 @@ class Problem:
                 )
         if self.max_imbalance is not None and self.max_imbalance < 1:
             raise ValueError(f"max_imbalance is {self.max_imbalance}; no plan is below 1")
+        self._check_scenarios()
+        self._check_ranks()
+        self._check_changes()
+
+    def _check_scenarios(self) -> None:
+        loads = self.scenario_load
+        if loads is None:
+            if self.scenario is not None or self.workload is not None:
+                raise ValueError("scenario and workload need scenario_load")
+            return
+        if loads.ndim != 3 or loads.shape[0] == 0 or loads.shape[1:] != self.load.shape:
+            raise ValueError(
+                f"scenario_load has shape {loads.shape}, expected (C, {self.num_layers}, "
+                f"{self.num_experts})"
+            )
+        num_scenarios = loads.shape[0]
+        workload = self.workload
+        if workload is not None and (
+            workload.shape != (num_scenarios,)
+            or not np.array_equal(np.unique(workload), np.arange(self.num_workloads))
+        ):
+            raise ValueError("workload must give each scenario one of 0..W-1, none left out")
+        if self.scenario is None or self.tokens is None:
+            if self.num_workloads > 1 and self.tokens is not None:
+                raise ValueError("several workloads need the scenario of each token")
+            object.__setattr__(self, "scenario", None)
+            return
+        if self.scenario.shape != (len(self.tokens),):
+            raise ValueError(f"scenario has {self.scenario.shape}, tokens {len(self.tokens)}")
+        if self.scenario.min() < 0 or self.scenario.max() >= num_scenarios:
+            raise ValueError(f"scenario numbers must be 0..{num_scenarios - 1}")
+        if len(np.unique(self.token_workload)) != self.num_workloads:
+            raise ValueError("some workload has none of `tokens`")
+
+    def _check_ranks(self) -> None:
+        speed, slots, cost = self.rank_speed, self.rank_slots, self.link_cost
+        if speed is not None and (speed.shape != (self.num_ranks,) or not (speed > 0).all()):
+            raise ValueError(f"rank_speed must be {self.num_ranks} positive numbers")
+        if slots is not None:
+            if slots.shape != (self.num_layers, self.num_ranks):
+                raise ValueError(f"rank_slots has shape {slots.shape}, expected (L, G)")
+            if slots.min() < 0 or slots.max() > self.slots_per_rank:
+                raise ValueError(f"rank_slots must be 0..{self.slots_per_rank}")
+            short = slots.sum(axis=1) < self.num_experts
+            if short.any():
+                layer = int(np.argmax(short))
+                raise ValueError(
+                    f"layer {layer}: the ranks' {int(slots[layer].sum())} slots cannot hold "
+                    f"{self.num_experts} experts"
+                )
+        if cost is not None and (
+            cost.shape != (self.num_ranks, self.num_ranks)
+            or not (cost >= 0).all()
+            or np.diag(cost).any()
+        ):
+            raise ValueError("link_cost must be [G, G], 0 or more, and 0 on the diagonal")
+        least = -(-self.num_experts // self.num_ranks) * self.num_layers
+        if self.slot_budget is not None and self.slot_budget < least:
+            raise ValueError(
+                f"{self.slot_budget} slots per rank over all layers; {self.num_layers} layers of "
+                f"{self.num_experts} experts need {least}"
+            )
+
+    def _check_changes(self) -> None:
+        pinned, current = self.pinned, self.current
+        if pinned is not None:
+            if pinned.shape != self.load.shape:
+                raise ValueError(f"pinned has shape {pinned.shape}, expected {self.load.shape}")
+            if pinned.min() < -1 or pinned.max() >= self.num_ranks:
+                raise ValueError(f"pinned ranks must be -1..{self.num_ranks - 1}")
+            room = self.slots_of_ranks
+            for layer in range(self.num_layers):
+                held = pinned[layer][pinned[layer] >= 0]
+                if (np.bincount(held, minlength=self.num_ranks) > room[layer]).any():
+                    raise ValueError(f"layer {layer}: more experts are pinned to a rank than fit")
+        if current is not None and current.shape != (self.num_layers, self.num_slots):
+            raise ValueError(
+                f"current has shape {current.shape}, expected {(self.num_layers, self.num_slots)}"
+            )
+        if self.max_moves is not None and (current is None or self.max_moves < 0):
+            raise ValueError("max_moves must be 0 or more, and needs current")
+
+    @property
+    def num_workloads(self) -> int:
+        """W."""
+        return 1 if self.workload is None else int(self.workload.max()) + 1
+
+    @property
+    def token_workload(self) -> NDArray[np.int64]:
+        """[T] workload of each of `tokens`."""
+        assert self.tokens is not None
+        if self.workload is None or self.scenario is None:
+            return np.zeros(len(self.tokens), np.int64)
+        found: NDArray[np.int64] = self.workload[self.scenario]
+        return found
+
+    @property
+    def slots_of_ranks(self) -> NDArray[np.int64]:
+        """[L, G] slots that each rank may fill."""
+        if self.rank_slots is not None:
+            return self.rank_slots
+        return np.full((self.num_layers, self.num_ranks), self.slots_per_rank, np.int64)
+
+    @property
+    def fair_share(self) -> NDArray[np.float64]:
+        """[G] load that is fair for each rank's speed, in units of the mean rank load."""
+        if self.rank_speed is None:
+            return np.ones(self.num_ranks)
+        share: NDArray[np.float64] = self.rank_speed / self.rank_speed.mean()
+        return share
+
+    def aggregate(self, figures: NDArray[np.float64]) -> float:
+        """What a figure of each workload [W] comes to under `robust`."""
+        if self.robust == "worst":
+            return float(figures.max())
+        if self.robust == "cvar":
+            return float(np.sort(figures)[-num_worse(figures.size) :].mean())
+        return float(figures.mean())
+
+
+def num_worse(num_workloads: int) -> int:
+    """Workloads that `cvar` averages over: the worse half, rounded up."""
+    return -(-num_workloads // 2)

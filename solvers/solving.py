@@ -66,9 +66,11 @@ def solve(
 def capped_imbalance(parts: dict[str, float]) -> float:
     """The checked figure that a cap on imbalance is about.
 
-    With replicas it is that of the load that ranks serve when tokens choose their copies.
+    Over the scenarios where there are any; with replicas it is that of the load that ranks serve
+    when tokens choose their copies.
     """
-    return parts.get("imbalance_served", parts["imbalance"])
+    served = parts.get("imbalance_served", parts["imbalance"])
+    return parts.get("imbalance_scenarios", served)
 
 
 def keeps_cap(problem: Problem, parts: dict[str, float]) -> bool:
