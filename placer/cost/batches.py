@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 NUM_GROUPS = 16
 _OPEN_BYTES = 2**28
-_LEAST_OPEN = 64
+_LEAST_OPEN = 16
 _SGLANG_EPSILON = 1e-5
 
 
@@ -49,20 +49,20 @@ class BatchLoads:
     Args:
         num_layers: L.
         num_ranks: G.
-        with_running: keep the loads summed over groups as well (the policy `local` needs them).
+        with_sent: keep what every home rank has sent as well (the policy `local` needs it).
 
     Memory: at most 256 MiB of open batches. A batch that has to be closed early and turns up
     again counts as a second batch; that needs recorded forward passes whose tokens lie far apart.
     """
 
-    def __init__(self, num_layers: int, num_ranks: int, *, with_running: bool) -> None:
-        per_batch = (NUM_GROUPS + 1) * num_layers * num_ranks * 4
+    def __init__(self, num_layers: int, num_ranks: int, *, with_sent: bool) -> None:
+        per_batch = (NUM_GROUPS + with_sent * num_ranks) * num_layers * num_ranks * 4
         self.max_open = max(_LEAST_OPEN, _OPEN_BYTES // per_batch)
         self._slots: dict[int, int] = {}  # batch -> slot, least recently used first
         self._free: list[int] = []
         self.loads = np.zeros((0, NUM_GROUPS, num_layers, num_ranks), np.int32)
-        self.running = np.zeros((0, num_layers, num_ranks), np.int32)
-        self._with_running = with_running
+        self.sent = np.zeros((0, num_ranks, num_layers, num_ranks), np.int32)
+        self._with_sent = with_sent
         self._imbalance: list[NDArray[np.float64]] = []
         self._utilization: list[NDArray[np.float64]] = []
         self._excess = np.zeros((NUM_GROUPS + 1, num_layers))
@@ -127,18 +127,17 @@ class BatchLoads:
         self.loads = np.concatenate(
             [self.loads, np.zeros((added, *self.loads.shape[1:]), np.int32)]
         )
-        if self._with_running:
-            self.running = np.concatenate(
-                [self.running, np.zeros((added, *self.running.shape[1:]), np.int32)]
-            )
+        if self._with_sent:
+            more = np.zeros((added, *self.sent.shape[1:]), np.int32)
+            self.sent = np.concatenate([self.sent, more])
         self._free += range(size + added - 1, size - 1, -1)
 
     def _release(self, batches: list[int]) -> None:
         for number in batches:
             slot = self._slots.pop(number)
             self.loads[slot] = 0
-            if self._with_running:
-                self.running[slot] = 0
+            if self._with_sent:
+                self.sent[slot] = 0
             self._free.append(slot)
 
     def _reduce(self, loads: NDArray[np.int32]) -> None:

@@ -34,14 +34,14 @@ _CROSS_NODE_PER_TOKEN = 12
 
 
 @compiled
-def serve_round_robin(experts: Ints, ranks: Ints, copies: Ints, index: Longs, served: Ints) -> None:
-    """Give token i of the trace copy number i mod copies of each of its experts.
+def serve_round_robin(experts: Ints, ranks: Ints, copies: Ints, turn: Longs, served: Ints) -> None:
+    """Give a token copy number turn mod copies of each of its experts.
 
     Args:
         experts: [T, L, K] logical ids, -1 = unused.
         ranks: [L, E, C] ranks of each expert's copies, increasing.
         copies: [L, E] number of copies.
-        index: [T] index of each token in the trace.
+        turn: [T] request + position of each token.
         served: [T, L, K], written: the rank that serves each pair, -1 = unused.
     """
     num_tokens, num_layers, top_k = experts.shape
@@ -55,7 +55,86 @@ def serve_round_robin(experts: Ints, ranks: Ints, copies: Ints, index: Longs, se
                 elif one_copy:
                     served[t, l, k] = ranks[l, e, 0]
                 else:
-                    served[t, l, k] = ranks[l, e, index[t] % copies[l, e]]
+                    served[t, l, k] = ranks[l, e, turn[t] % copies[l, e]]
+
+
+@compiled
+def serve_token(
+    experts: Ints,
+    ranks: Ints,
+    copies: Ints,
+    h: int,
+    sent: Ints,
+    ranks_per_node: int,
+    used: Longs,
+    used_node: Longs,
+    stamp: int,
+    served: Ints,
+) -> None:
+    """The policy `local` of docs/metrics.md for one token in one layer, in its three steps.
+
+    Args:
+        experts: [K] logical ids, -1 = unused.
+        ranks, copies: [E, C], [E] of this layer.
+        h: the token's home rank.
+        sent: [G] pairs of this layer and batch that h has given to each rank so far, updated.
+        ranks_per_node: ranks of one node.
+        used, used_node: [G], [nodes] scratch, smaller than `stamp` everywhere.
+        stamp: marks ranks and nodes that serve this token.
+        served: [K], written: the rank that serves each pair, -1 = unused.
+    """
+    top_k = experts.shape[0]
+    num_ranks = sent.shape[0]
+    used_node[h // ranks_per_node] = stamp
+    for k in range(top_k):  # step 1: a copy on the home rank
+        e = experts[k]
+        served[k] = -1
+        if e < 0:
+            continue
+        for c in range(copies[e]):
+            if ranks[e, c] == h:
+                served[k] = h
+                sent[h] += 1
+                used[h] = stamp
+                break
+    for k in range(top_k):  # step 2: the only copy
+        e = experts[k]
+        if e < 0 or served[k] >= 0 or copies[e] > 1:
+            continue
+        g = ranks[e, 0]
+        served[k] = g
+        sent[g] += 1
+        used[g] = stamp
+        used_node[g // ranks_per_node] = stamp
+    for k in range(top_k):  # step 3: used rank, then touched node, then where h sent least
+        e = experts[k]
+        if e < 0 or served[k] >= 0:
+            continue
+        best = -1
+        best_tier = 3
+        for c in range(copies[e]):
+            g = ranks[e, c]
+            if used[g] == stamp:
+                tier = 0
+            elif used_node[g // ranks_per_node] == stamp:
+                tier = 1
+            else:
+                tier = 2
+            if (
+                tier < best_tier
+                or (tier == best_tier and sent[g] < sent[best])
+                or (
+                    tier == best_tier
+                    and sent[g] == sent[best]
+                    and (g - h) % num_ranks < (best - h) % num_ranks
+                )
+            ):
+                best = g
+                best_tier = tier
+        served[k] = best
+        sent[best] += 1
+        used[best] = stamp
+        used_node[best // ranks_per_node] = stamp
 
 
 @compiled
@@ -67,13 +146,11 @@ def serve_local(
     home: Ints,
     coherent: bool,
     batch: Ints,
-    running: Ints,
+    sent: Ints,
     ranks_per_node: int,
     served: Ints,
 ) -> None:
-    """Serve on the home rank first, then where the token goes anyway, then on the least loaded.
-
-    The policy `local` of docs/metrics.md, in its three steps.
+    """Serve on the home rank first, then where the token goes anyway, then where home sent least.
 
     Args:
         experts, ranks, copies, served: as in `serve_round_robin`.
@@ -81,13 +158,12 @@ def serve_local(
         home: [T] rank where each token enters the first layer.
         coherent: whether the home moves to the primary expert's rank after each layer.
         batch: [T] open batch of each token.
-        running: [N, L, G] pairs served so far in each open batch, updated.
+        sent: [N, G, L, G] pairs that each home rank has sent so far in each open batch, updated.
         ranks_per_node: ranks of one node.
     """
     num_tokens, num_layers, top_k = experts.shape
-    num_ranks = running.shape[2]
+    num_ranks = sent.shape[3]
     has_weights = weights.shape[0] > 0
-    node_of = np.arange(num_ranks) // ranks_per_node
     used = np.zeros(num_ranks, np.int64)
     used_node = np.zeros(num_ranks // ranks_per_node, np.int64)
     stamp = 0
@@ -95,49 +171,18 @@ def serve_local(
         h = home[t]
         for l in range(num_layers):  # noqa: E741
             stamp += 1
-            load = running[batch[t], l]
-            used_node[node_of[h]] = stamp
-            for k in range(top_k):  # step 1: a copy on the home rank
-                e = experts[t, l, k]
-                served[t, l, k] = -1
-                if e < 0:
-                    continue
-                for c in range(copies[l, e]):
-                    if ranks[l, e, c] == h:
-                        served[t, l, k] = h
-                        load[h] += 1
-                        used[h] = stamp
-                        break
-            for k in range(top_k):  # step 2: the only copy
-                e = experts[t, l, k]
-                if e < 0 or served[t, l, k] >= 0 or copies[l, e] > 1:
-                    continue
-                g = ranks[l, e, 0]
-                served[t, l, k] = g
-                load[g] += 1
-                used[g] = stamp
-                used_node[node_of[g]] = stamp
-            for k in range(top_k):  # step 3: used rank, then touched node, then least loaded
-                e = experts[t, l, k]
-                if e < 0 or served[t, l, k] >= 0:
-                    continue
-                best = -1
-                best_tier = 3
-                for c in range(copies[l, e]):
-                    g = ranks[l, e, c]
-                    if used[g] == stamp:
-                        tier = 0
-                    elif used_node[node_of[g]] == stamp:
-                        tier = 1
-                    else:
-                        tier = 2
-                    if tier < best_tier or (tier == best_tier and load[g] < load[best]):
-                        best = g
-                        best_tier = tier
-                served[t, l, k] = best
-                load[best] += 1
-                used[best] = stamp
-                used_node[node_of[best]] = stamp
+            serve_token(
+                experts[t, l],
+                ranks[l],
+                copies[l],
+                h,
+                sent[batch[t], h, l],
+                ranks_per_node,
+                used,
+                used_node,
+                stamp,
+                served[t, l],
+            )
             if coherent:
                 primary = -1
                 for k in range(top_k):

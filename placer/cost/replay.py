@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from placer.cost.batches import NUM_GROUPS, BatchFigures, BatchLoads
 from placer.cost.order import concatenate, interleave
-from placer.cost.serving import ReplicaPolicy, Server, home_ranks, kernel_arrays
+from placer.cost.serving import ReplicaPolicy, Server, home_ranks, kernel_arrays, turns_of
 from placer.errors import UsageError
 from placer.placement import Placement
 from placer.trace.model import Trace
@@ -181,7 +181,7 @@ class _Pass:
         num_layers, num_ranks = placement.num_layers, placement.num_ranks
         self.sums = np.zeros((0, len(SUMS)))
         self.loads = np.zeros((0, num_layers, num_ranks), np.int64)
-        self._open = BatchLoads(num_layers, num_ranks, with_running=self.server.depends_on_home)
+        self._open = BatchLoads(num_layers, num_ranks, with_sent=self.server.depends_on_home)
         self._unfinished: int | None = None  # the last batch, while it is not full
 
     def add(self, chunk: Trace, batch_tokens: int) -> None:
@@ -197,7 +197,7 @@ class _Pass:
                 self._open.close_below(int(batch[0]))
             else:
                 batch = chunk.step[part]
-            self._add_slice(chunk, part, index, home[part], ordinal[part], batch)
+            self._add_slice(chunk, part, home[part], ordinal[part], batch)
         if chunk.step is None and self.num_tokens:
             full, rest = divmod(self.num_tokens, batch_tokens)
             self._unfinished = full if rest and full else None
@@ -231,7 +231,6 @@ class _Pass:
         self,
         chunk: Trace,
         part: slice,
-        index: NDArray[np.int64],
         home: NDArray[np.int32],
         ordinal: NDArray[np.int64],
         batch: NDArray[np.int64],
@@ -242,7 +241,9 @@ class _Pass:
         slots = self._open.slots_of(batch)
         block = ordinal % _MAX_BLOCKS
         kernels.count(
-            self.server.serve(experts, weights, home, index, slots, self._open.running),
+            self.server.serve(
+                experts, weights, home, turns_of(chunk, part), slots, self._open.sent
+            ),
             weights,
             home,
             block.astype(np.int32),

@@ -23,10 +23,11 @@ class Server:
         dispatch: `coherent` moves a token's home to its primary expert's rank after each layer;
             under the other models it stays.
         replica_policy: `local` (home rank, then ranks and nodes that the token uses anyway, then
-            the least loaded) or `round_robin` (token index mod copies); see docs/metrics.md.
+            where its home sent least) or `round_robin` (request + position mod copies); see
+            docs/metrics.md.
 
     Attributes:
-        depends_on_home: whether home ranks and loads decide which copy serves a pair.
+        depends_on_home: whether homes and what they have sent decide which copy serves a pair.
 
     Raises:
         UsageError: the placement is unsound, or an argument is unknown.
@@ -57,24 +58,30 @@ class Server:
                 f"the placement {expected[0]} layers of {expected[1]}"
             )
 
+    def nothing_sent(self, num_batches: int) -> NDArray[np.int32]:
+        """[N, G, L, G] zeros for `serve`; [0, G, L, G] where nothing depends on them."""
+        num_ranks = self.placement.num_ranks
+        rows = num_batches if self.depends_on_home else 0
+        return np.zeros((rows, num_ranks, self.placement.num_layers, num_ranks), np.int32)
+
     def serve(
         self,
         experts: NDArray[np.int32],
         weights: NDArray[np.float32],
         home: NDArray[np.int32],
-        index: NDArray[np.int64],
+        turn: NDArray[np.int64],
         batch: NDArray[np.int32],
-        running: NDArray[np.int32],
+        sent: NDArray[np.int32],
     ) -> NDArray[np.int32]:
         """[T, L, K] rank that serves each pair, -1 = unused. O(T L K C).
 
         Args:
             experts, weights: from `kernel_arrays`.
             home: [T] rank where each token enters the first layer.
-            index: [T] index of each token in the trace.
-            batch: [T] row of `running` that each token's batch has.
-            running: [N, L, G] pairs served so far in each batch; updated where
-                `depends_on_home`, else not looked at.
+            turn: [T] request + position of each token.
+            batch: [T] row of `sent` that each token's batch has.
+            sent: [N, G, L, G] pairs that each home rank has sent so far in each batch; updated
+                where `depends_on_home`, else not looked at.
         """
         from placer.cost import kernels
 
@@ -88,13 +95,59 @@ class Server:
                 home,
                 self._coherent,
                 batch,
-                running,
+                sent,
                 self.placement.ranks_per_node,
                 served,
             )
         else:
-            kernels.serve_round_robin(experts, self._ranks, self._copies, index, served)
+            kernels.serve_round_robin(experts, self._ranks, self._copies, turn, served)
         return served
+
+
+def serve_layer(
+    experts: NDArray[np.int32],
+    ranks: NDArray[np.int32],
+    copies: NDArray[np.int32],
+    home: int,
+    num_ranks: int,
+    ranks_per_node: int,
+) -> NDArray[np.int32]:
+    """[t, K] rank that serves each pair of one home rank's tokens in one layer of one pass.
+
+    What a running rank decides by itself under the policy `local`; the replay decides the same.
+    O(t K C).
+
+    Args:
+        experts: [t, K] logical ids of the tokens that `home` holds, in the order of the pass;
+            -1 = unused.
+        ranks: [E, C] ranks of each expert's copies, increasing, padded with -1; a layer of
+            `Placement.ranks_of_experts()`.
+        copies: [E] number of copies.
+        home: the rank that decides.
+        num_ranks, ranks_per_node: of the placement.
+    """
+    from placer.cost import kernels
+
+    served = np.empty((experts.shape[0], 1, experts.shape[1]), np.int32)
+    kernels.serve_local(
+        np.ascontiguousarray(experts, np.int32)[:, None],
+        np.zeros((0, 0, 0), np.float32),
+        ranks[None],
+        copies[None],
+        np.full(experts.shape[0], home, np.int32),
+        False,
+        np.zeros(experts.shape[0], np.int32),
+        np.zeros((1, num_ranks, 1, num_ranks), np.int32),
+        ranks_per_node,
+        served,
+    )
+    return served[:, 0]
+
+
+def turns_of(trace: Trace, tokens: slice | NDArray[np.int64]) -> NDArray[np.int64]:
+    """[t] request + position of some tokens: whose turn it is under the policy `round_robin`."""
+    turns: NDArray[np.int64] = trace.request[tokens] + trace.position[tokens]
+    return turns
 
 
 def kernel_arrays(

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from placer.cluster import Cluster
 from placer.cost.order import concatenate, interleave
 from placer.cost.pricing import PARTS, Counts, Pricing, Times, Transport
-from placer.cost.serving import ReplicaPolicy, Server, home_ranks, kernel_arrays
+from placer.cost.serving import ReplicaPolicy, Server, home_ranks, kernel_arrays, turns_of
 from placer.errors import UsageError
 from placer.placement import Placement
 from placer.trace.model import ModelDims, Trace
@@ -126,7 +126,7 @@ def step_time(
         how = f"{batch_tokens} tokens taken round-robin over requests"
     pricing = Pricing(cluster, dims or trace.model, transport or Transport(), dispatch)
     walk = _Walk(trace, placement, dispatch, replica_policy, ignore_home, pricing.transport)
-    per_batch = 40 * placement.num_layers * placement.num_ranks
+    per_batch = 40 * placement.num_layers * placement.num_ranks + walk.sent_bytes
     size = max(1, _GROUP_BYTES // per_batch)
     parts = [
         pricing.price(walk.counts(order, starts[first : first + size + 1]))
@@ -168,6 +168,11 @@ class _Walk:
         self._last = np.zeros(shape, np.int64)
         self._stamp = 1
 
+    @property
+    def sent_bytes(self) -> int:
+        """Of one batch, for what home ranks have sent."""
+        return self._server.nothing_sent(1).nbytes
+
     def counts(self, order: NDArray[np.int64], starts: NDArray[np.int64]) -> Counts:
         """Of the n batches that begin at `starts` [n + 1] in `order` [T]."""
         from placer.cost import kernels
@@ -179,8 +184,9 @@ class _Walk:
         batch = np.repeat(np.arange(n, dtype=np.int32), sizes)
         experts, weights = kernel_arrays(self._trace, tokens)
         home = self._home[tokens]
-        running = np.zeros((n, num_layers, num_ranks), np.int32)
-        served = self._server.serve(experts, weights, home, tokens, batch, running)
+        sent = self._server.nothing_sent(n)
+        turn = turns_of(self._trace, tokens)
+        served = self._server.serve(experts, weights, home, turn, batch, sent)
         found = Counts(
             sizes,
             np.zeros((n, num_layers, 2, 2, num_ranks), np.int32),

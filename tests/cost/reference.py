@@ -84,6 +84,7 @@ def tokens_of(trace):
             {
                 "layers": layers,
                 "request": int(trace.request[t]),
+                "position": int(trace.position[t]),
                 "home": None if trace.home is None else int(trace.home[t]),
                 "step": None if trace.step is None else int(trace.step[t]),
             }
@@ -98,7 +99,7 @@ def walk(tokens, placement, homes, batches, model, policy):
         for slot, expert in enumerate(placement.physical_to_logical[l].tolist()):
             if expert >= 0:
                 copies[l][expert].append(slot // placement.slots_per_rank)
-    running = defaultdict(int)  # (batch, layer, rank) -> pairs
+    running = defaultdict(int)  # (batch, layer, home, rank) -> pairs
     served, home_on_entry = [], []
     for t, token in enumerate(tokens):
         home = homes[t]
@@ -107,12 +108,13 @@ def walk(tokens, placement, homes, batches, model, policy):
         for l, used in enumerate(token["layers"]):  # noqa: E741
             where = [sorted(copies[l][expert]) for expert, _ in used]
             if policy == "round_robin":
-                ranks = [places[t % len(places)] for places in where]
+                turn = token["request"] + token["position"]
+                ranks = [places[turn % len(places)] for places in where]
             else:
-                count = {g: running[batches[t], l, g] for g in range(placement.num_ranks)}
+                count = [running[batches[t], l, home, g] for g in range(placement.num_ranks)]
                 ranks = serve_local(where, home, count, placement.ranks_per_node)
                 for rank in ranks:
-                    running[batches[t], l, rank] += 1
+                    running[batches[t], l, home, rank] += 1
             served[t].append(ranks)
             home_on_entry[t].append(home)
             if model == "coherent" and used:
@@ -146,7 +148,8 @@ def serve_local(where, home, count, ranks_per_node):
                 or [rank for rank in places if rank // ranks_per_node in touched]
                 or places
             )
-            take(i, min(candidates, key=lambda rank: (count[rank], rank)))
+            round_from_home = [*range(home, len(count)), *range(home)]
+            take(i, min(candidates, key=lambda rank: (count[rank], round_from_home.index(rank))))
     return ranks
 
 
