@@ -1,0 +1,1 @@
+"""Questions that take solving to answer: headroom, price of a stale plan, how much to profile."""
