@@ -19,6 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("trace", "cluster"),
     ("plan", "plan_schema", "cost", "affinity", "tracer"),
     ("baselines", "evaluation", "planning", "comparison"),
+    ("studies",),
     ("report", "runtime", "engines"),
     ("demo",),
     ("cli",),

@@ -24,6 +24,7 @@ class Headroom:
 
     Attributes:
         num_ranks: G.
+        imbalance_contiguous: [L] max / mean rank load with the experts in their order.
         imbalance_bound: [L] no placement has a smaller max / mean rank load.
         span_bound: [L] no placement has a smaller span.
         span_random: [L] mean span of a random placement of equally many experts per rank.
@@ -33,6 +34,7 @@ class Headroom:
     """
 
     num_ranks: int
+    imbalance_contiguous: NDArray[np.float64]
     imbalance_bound: NDArray[np.float64]
     span_bound: NDArray[np.float64]
     span_random: NDArray[np.float64]
@@ -53,12 +55,23 @@ def headroom(affinity: Affinity, num_ranks: int) -> Headroom:
         share_of_k = tokens_by_k / tokens_by_k.sum(axis=1, keepdims=True)
     return Headroom(
         num_ranks=num_ranks,
+        imbalance_contiguous=contiguous_imbalance(affinity.load, num_ranks),
         imbalance_bound=balance_bound(affinity.load, num_ranks),
         span_bound=share_of_k @ fewest,
         span_random=share_of_k @ random,
         affinity_bound=kept_bound(affinity.affinity, capacity),
         primary_bound=kept_bound(affinity.primary_pairs, capacity),
     )
+
+
+def contiguous_imbalance(load: NDArray[np.int64], num_ranks: int) -> NDArray[np.float64]:
+    """[L] max / mean rank load of loads [L, E] when ranks hold consecutive experts, as evenly split
+    as whole experts allow; nan without load."""
+    parts = np.array_split(np.arange(load.shape[1]), num_ranks)
+    rank_load = np.stack([load[:, part].sum(axis=1) for part in parts], axis=1)
+    with np.errstate(invalid="ignore"):
+        ratio: NDArray[np.float64] = rank_load.max(axis=1) / rank_load.mean(axis=1)
+    return ratio
 
 
 def kept_bound(table: NDArray[np.number], capacity: int) -> NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""The analysis of a trace for people."""
+"""The analysis of a trace for people: the answer, then the figures that it comes from."""
 
 from __future__ import annotations
 
@@ -8,28 +8,66 @@ from typing import Any
 from rich.console import RenderableType
 from rich.markup import escape
 
-from placer.report.tables import number, plain_table
+from placer.report.tables import number, plain_table, titled
 
 BARS = " ▁▂▃▄▅▆▇█"
+MOST_BARS = 32
+HELPS = {
+    "yes": "[bold green]placement can help[/]",
+    "little": "[bold yellow]placement can help little[/]",
+    "unknown": "[bold]whether placement can help is unknown[/]: give --gpus",
+}
 
 
 def sparkline(values: Sequence[float | None], low: float, high: float) -> str:
-    """A bar per layer."""
+    """A bar per layer; with many layers, for every second (third, ...) one."""
     width = max(high - low, 1e-12)
+    shown = values[:: -(-len(values) // MOST_BARS) or 1]
     return "".join(
         "·" if value is None else BARS[1 + round(7 * min(max((value - low) / width, 0.0), 1.0))]
-        for value in values
+        for value in shown
     )
+
+
+def interval(entry: Mapping[str, Any], digits: int = 3) -> str:
+    """0.331 [0.323, 0.339]"""
+    if entry["value"] is None or entry["low"] is None:
+        return number(entry["value"], digits)
+    low, high = number(entry["low"], digits), number(entry["high"], digits)
+    return f"{number(entry['value'], digits)} [dim]\\[{low}, {high}][/]"
 
 
 def analysis_tables(document: Mapping[str, Any]) -> list[RenderableType]:
-    """Figures of the whole trace, headroom by number of ranks, workloads."""
+    """The verdict, then figures of the whole trace, by ranks, workloads, time, order of tokens."""
     overall = document["overall"]
-    table = plain_table(
-        f"{escape(document['path'])}: {overall['num_tokens']:,} tokens, "
-        f"{overall['num_layers']} layers x {overall['num_experts']} experts, "
-        f"{number(overall['experts_per_token']['mean'], 2)} per token",
-    )
+    parts: list[RenderableType] = []
+    if "verdict" in document:
+        parts += verdict_lines(document["verdict"])
+    parts += [*_figures(document, overall), *_by_ranks(document)]
+    parts += [*_labels(document), *_drift(document)]
+    if "routing" in document:
+        parts += _routing(document["routing"])
+    return parts
+
+
+def verdict_lines(verdict: Mapping[str, Any]) -> list[RenderableType]:
+    """The answer and its reasons."""
+    head = HELPS[verdict["can_help"]]
+    if verdict["num_ranks"] is not None:
+        head += f" at {verdict['num_ranks']} ranks"
+    if verdict["by"]:
+        head += f": {' and '.join(verdict['by'])}"
+    table = plain_table()
+    table.show_header = False
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    for about, text in verdict["reasons"].items():
+        table.add_row(f"  {about}", escape(text))
+    return [head, table]
+
+
+def _figures(document: Mapping[str, Any], overall: Mapping[str, Any]) -> list[RenderableType]:
+    table = plain_table()
     for header in ("figure", "mean", "least", "most", "by layer"):
         table.add_column(header, no_wrap=True)
     affinity = overall["affinity"]
@@ -39,7 +77,7 @@ def analysis_tables(document: Mapping[str, Any]) -> list[RenderableType]:
         "load, coefficient of variation": overall["load"]["coefficient_of_variation"],
         "experts never used": overall["load"]["never_used"],
         "share of pairs with half of co-activation": overall["coactivation"]["half_share"],
-        "information to the next layer, bits a pair": pairs["corrected_bits"],
+        "information to next layer, bits a pair": pairs["corrected_bits"],
         "  the same on held-out requests": pairs["held_out_bits"],
         "  between primary experts, bits": primary["corrected_bits"],
         "  normalised (0 independent, 1 decided)": primary["corrected_nmi"],
@@ -55,63 +93,178 @@ def analysis_tables(document: Mapping[str, Any]) -> list[RenderableType]:
             number(max(values)),
             sparkline(entry["per_layer"], min(0.0, *values), max(values)),
         )
-    return [table, *_headroom(overall), *_labels(document["labels"]), *_drift(document["drift"])]
-
-
-def _headroom(overall: Mapping[str, Any]) -> list[RenderableType]:
-    if not overall.get("headroom"):
-        return []
-    table = plain_table(
-        "headroom without replicas",
-        "bounds are proven on these tokens, and loose; `placer solve` says what is reached",
+    title = (
+        f"{escape(document['path'])}: {overall['num_tokens']:,} tokens, "
+        f"{overall['num_layers']} layers x {overall['num_experts']} experts, "
+        f"{number(overall['experts_per_token']['mean'], 2)} per token"
     )
-    for header in ("ranks", "span of random placement", "span bound", "imbalance bound",
-                   "affinity kept at random", "affinity kept, bound"):  # fmt: skip
+    return titled(title, table)
+
+
+def _by_ranks(document: Mapping[str, Any]) -> list[RenderableType]:
+    if not document["overall"].get("headroom"):
+        return []
+    clusters = {c["num_ranks"]: c for c in document.get("routing", {}).get("clusters", [])}
+    table = plain_table()
+    for header in ("ranks", "imbalance", "bound", "span at random", "bound", "kept at random",
+                   "by groups", "bound"):  # fmt: skip
         table.add_column(header)
-    for entry in overall["headroom"]:
-        ranks = entry["num_ranks"]
+    for entry in document["overall"]["headroom"]:
+        cluster = clusters.get(entry["num_ranks"])
         table.add_row(
-            str(ranks),
+            str(entry["num_ranks"]),
+            number(entry["imbalance_contiguous"]["mean"]),
+            number(entry["imbalance_bound"]["mean"]),
             number(entry["span_random"]["mean"]),
             number(entry["span_bound"]["mean"]),
-            number(entry["imbalance_bound"]["mean"]),
-            number(1 / ranks),
-            number(entry["affinity_bound"]["mean"]),
+            *(
+                ("–", "–", "–")
+                if cluster is None
+                else (
+                    number(cluster["kept_at_random"], 2),
+                    interval(cluster["kept"], 2),
+                    number(cluster["kept_bound"], 2),
+                )
+            ),
         )
-    return [table]
+    return titled(
+        "without replicas",
+        table,
+        "kept: share of co-activated pairs on one rank, by groups found on other requests\n"
+        "bounds are proven on these tokens and loose; --deep says what is reached",
+    )
 
 
-def _labels(labels: Mapping[str, Any]) -> list[RenderableType]:
+def _labels(document: Mapping[str, Any]) -> list[RenderableType]:
+    labels = document["labels"]
     if not labels:
         return []
-    table = plain_table("workloads", "drift: total variation between its load and the others'")
+    effect = ((document.get("routing") or {}).get("stability") or {}).get("request_effect")
+    table = plain_table()
     for header in ("label", "tokens", "hottest / mean", "drift", "by chance"):
         table.add_column(header)
     largest = sorted(labels.items(), key=lambda item: -item[1]["num_tokens"])
-    for name, entry in largest[:12]:
+    for name, entry in largest[:8]:
         drift = entry["drift_from_rest"]
+        chance = drift["chance"]["mean"] if drift else None
         table.add_row(
             escape(name) or "(none)",
             f"{entry['num_tokens']:,}",
             number(entry["load"]["max_over_mean"]["mean"]),
             number(drift["total_variation"]["mean"]) if drift else "–",
-            number(drift["chance"]["mean"]) if drift else "–",
+            "–" if chance is None else number(min(1.0, chance * (effect or 1.0))),
         )
-    if len(largest) > 12:
-        table.add_row(f"and {len(largest) - 12} more", "", "", "", "")
-    return [table]
+    if len(largest) > 8:
+        table.add_row(f"and {len(largest) - 8} more", "", "", "", "")
+    return titled(
+        "workloads",
+        table,
+        "drift: total variation between its load and the others'; by chance: of whole requests",
+    )
 
 
-def _drift(drift: Mapping[str, Any]) -> list[RenderableType]:
+def _drift(document: Mapping[str, Any]) -> list[RenderableType]:
+    effect = ((document.get("routing") or {}).get("stability") or {}).get("request_effect")
     lines: list[RenderableType] = []
     for name, what in (
         ("phases", "between prefill and decode"),
         ("request_halves", "between the first and the second half of the requests"),
     ):
-        entry = drift[name]
-        if entry is not None:
+        entry = document["drift"][name]
+        if entry is not None and entry["total_variation"]["mean"] is not None:
+            chance = entry["chance"]["mean"] * (effect or 1.0)
             lines.append(
                 f"load drift {what}: {number(entry['total_variation']['mean'])} "
-                f"(chance alone {number(entry['chance']['mean'])}; 0 same, 1 disjoint)"
+                f"(by chance {number(chance)})"
             )
+    return ["", *lines] if lines else []
+
+
+def _routing(routing: Mapping[str, Any]) -> list[RenderableType]:
+    sample = routing["sample"]
+    lines: list[RenderableType] = [""]
+    gaps = [
+        f"{entry['gap']}: {number(entry['nmi']['value'], 2)}"
+        for entry in routing["information_by_gap"]
+        if entry["nmi"]["value"] is not None
+    ]
+    if gaps:
+        lines.append(f"normalised information between layers, by gap: {', '.join(gaps)}")
+    scaled = routing["scaled_affinity"]
+    if scaled["by_load"] is not None and scaled["held_out"]["value"] is not None:
+        lines.append(
+            f"scaled affinity (0 any next expert, 1 always one): {interval(scaled['held_out'])}; "
+            f"by load alone {number(scaled['by_load'])}"
+        )
+    stability = routing["stability"]
+    if stability is not None:
+        moved = ", ".join(
+            number(entry["total_variation"]["value"], 2) for entry in stability["by_lag"]
+        )
+        lines.append(
+            f"load drift between eighths of the requests, 1 to {len(stability['by_lag'])} apart: "
+            f"{moved}; by chance {number(stability['floor'], 2)}"
+        )
+    lines += [*_segments(routing), *_activation(routing)]
+    if sample["requests"] < sample["of_requests"]:
+        lines.append(
+            f"[dim]by order of tokens: from {sample['tokens']:,} tokens of {sample['requests']:,} "
+            f"of the {sample['of_requests']:,} requests; brackets: 95 % over requests[/]"
+        )
     return lines
+
+
+def _segments(routing: Mapping[str, Any]) -> list[RenderableType]:
+    parts: list[RenderableType] = []
+    if routing["segments"]:
+        table = plain_table()
+        for header in ("tokens", "SRP", "by chance", "size of the set"):
+            table.add_column(header)
+        for entry in routing["segments"]:
+            table.add_row(
+                str(entry["segment_tokens"]),
+                interval(entry["srp"]),
+                number(entry["srp_by_chance"]),
+                f"{number(entry['experts_kept'], 2)} x",
+            )
+        parts += titled(
+            "segments of a request: can one fixed set of experts serve them?",
+            table,
+            "SRP: best F1 of such a set (1 = yes); its size in experts of a token",
+        )
+    if routing["caches"]:
+        table = plain_table()
+        for header in ("experts", "in experts of a token", "best (SCH)", "LRU"):
+            table.add_column(header)
+        for entry in routing["caches"]:
+            table.add_row(
+                str(entry["cache_experts"]),
+                f"{number(entry['experts_per_token'], 1)} x",
+                interval(entry["sch"]),
+                interval(entry["lru"]),
+            )
+        parts += titled("a cache of experts per layer: hit rate", table)
+    return parts
+
+
+def _activation(routing: Mapping[str, Any]) -> list[RenderableType]:
+    if not routing["activation"]:
+        return []
+    table = plain_table()
+    known = routing["activation"][0]["flops_per_byte"] is not None
+    headers = ["tokens", "activated", "share", "independent", "tokens per expert"]
+    for header in [*headers, "MB read a token", "FLOPs a byte"] if known else headers:
+        table.add_column(header)
+    for entry in routing["activation"]:
+        cells = [
+            str(entry["batch_tokens"]),
+            interval(entry["activated"], 1),
+            f"{entry['share']:.0%}",
+            number(entry["independent"], 1),
+            number(entry["tokens_per_expert"], 1),
+        ]
+        if known:
+            megabytes = None if entry["bytes_per_token"] is None else entry["bytes_per_token"] / 1e6
+            cells += [number(megabytes, 1), number(entry["flops_per_byte"], 1)]
+        table.add_row(*cells)
+    return titled("experts that a batch of many requests activates, per layer", table)

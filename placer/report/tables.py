@@ -53,6 +53,12 @@ def plain_table(title: str | None = None, caption: str | None = None) -> Table:
     )
 
 
+def titled(title: str, table: Table, caption: str = "") -> list[RenderableType]:
+    """A blank line, a title, the table and a caption, none of them cut to the table's width."""
+    lines: list[RenderableType] = ["", f"[italic]{title}[/]", table]
+    return [*lines, f"[dim]{caption}[/]"] if caption else lines
+
+
 def number(value: float | None, digits: int = 3) -> str:
     """A figure, or a dash for one that is missing."""
     return "–" if value is None else f"{value:.{digits}f}"
