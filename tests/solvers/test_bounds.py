@@ -19,6 +19,7 @@ from solver_cases import (
 )
 
 from solvers import Problem, bounds, solve
+from solvers.bounds.transport import transport_bound
 from solvers.check import check, objective
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -139,7 +140,7 @@ def test_transport_bounds_are_those_of_the_linear_program(seed, limits):
         b_ub=np.repeat(limits, 5),
         bounds=(0, 1),
     )
-    bound = bounds._transport(weights, *limits)
+    bound = transport_bound(weights, *limits)
     assert bound == pytest.approx(-solved.fun, rel=1e-7)
     assert bound >= -solved.fun * (1 - 1e-12)
 

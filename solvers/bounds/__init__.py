@@ -1,0 +1,40 @@
+"""Lower bounds that hold for every sound placement of a problem.
+
+Each is proven on the very arrays from which `solvers.check` computes the value, for every choice of
+copies where there are redundant slots. None uses the cap on imbalance, which could only raise them.
+
+`load`, `transport` and `traffic` hold the cheap ones, which every result of `solvers.solve` has.
+"""
+
+from __future__ import annotations
+
+from solvers.bounds.load import imbalance_bound, rank_load_bound
+from solvers.bounds.traffic import traffic_bound
+from solvers.bounds.transport import ROUNDING, kept_flow_bound, to_integers
+from solvers.check import num_tokens
+from solvers.problem import Problem
+
+__all__ = [
+    "imbalance_bound",
+    "kept_flow_bound",
+    "lower_bound",
+    "rank_load_bound",
+    "to_integers",
+    "traffic_bound",
+]
+
+
+def lower_bound(problem: Problem) -> float | None:
+    """A bound on the problem's objective; None if there is nothing to prove it on."""
+    if problem.objective == "balance":
+        return imbalance_bound(problem) * (1 - ROUNDING)
+    traffic = traffic_bound(problem)
+    if traffic is None:
+        return None
+    if problem.objective == "latency":
+        tokens_per_rank = num_tokens(problem) / problem.num_ranks
+        traffic = (
+            problem.latency_load_us * float(rank_load_bound(problem).mean())
+            + problem.latency_message_us * traffic * tokens_per_rank
+        )
+    return max(0.0, traffic * (1 - ROUNDING))

@@ -1,0 +1,203 @@
+"""Lower bounds on span and messages.
+
+Span. A token's span is the sum of 1 / n over its experts, where n counts its experts on the same
+rank. 1 / n is convex, so the pairs that may be kept (of each expert, and in all) bound the sum:
+they are best spent on first partners of as many experts as possible, then on second ones. Also, k
+experts need ceil(k / s) ranks.
+
+Messages. alltoall: the same sum over the experts that are not at the token's home; those that are
+are at most as many as if each expert sat on the home rank where most tokens want it (an assignment
+problem), and, for each rank, as its s most wanted experts draw. coherent: the experts where the
+primary of the previous layer was are bounded by a b-matching. Nodes are ranks with more slots.
+
+Complexity: O(L T K^2) to count pairs, one transport problem per layer. Source: placer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from solvers.bounds.groups import Groups
+from solvers.bounds.transport import flow_kept, largest, pairs_kept, transport_bound
+from solvers.problem import Problem
+
+Floats = NDArray[np.float64]
+
+
+def traffic_bound(problem: Problem) -> float | None:
+    """Messages of the dispatch + node_weight x node messages."""
+    if problem.dispatch == "allgather":
+        return problem.num_ranks - 1 + problem.node_weight * (problem.num_nodes - 1)
+    levels = [(Groups.ranks(problem), 1.0)]
+    if problem.num_nodes > 1 and problem.node_weight > 0:
+        levels.append((Groups.nodes(problem), problem.node_weight))
+    if problem.tokens is not None:
+        if problem.tokens.shape[0] == 0:
+            return 0.0
+        layers = range(problem.num_layers)
+        total = sum(
+            weight * _messages(problem, problem.tokens, layer, counts, groups)
+            for layer in layers
+            for counts in [_Counts.of(problem.tokens[:, layer, :], problem.num_experts)]
+            for groups, weight in levels
+        )
+        return total / float(problem.tokens.shape[0] * problem.num_layers)
+    if problem.coactivation is not None:
+        return sum(
+            weight * _messages_pairwise(problem, problem.coactivation, groups)
+            for groups, weight in levels
+        )
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class _Counts:
+    """What bounds need to know of the tokens of one layer.
+
+    Attributes:
+        tokens_using: [K+1] tokens by their number of experts.
+        wanted: [K+1, E] of them, tokens by their number of experts that use an expert.
+        pairs: [E, E] tokens that chose both of two different experts.
+    """
+
+    tokens_using: NDArray[np.int64]
+    wanted: NDArray[np.int64]
+    pairs: Floats
+
+    @staticmethod
+    def of(tokens: NDArray[np.integer], num_experts: int) -> _Counts:
+        """Count the experts [T, K] of each token, -1 = unused."""
+        experts = tokens.astype(np.int64)
+        width = experts.shape[1]
+        used = (experts >= 0).sum(axis=1)
+        key = (used[:, None] * num_experts + experts)[experts >= 0]
+        wanted = np.bincount(key, minlength=(width + 1) * num_experts)
+        pairs = np.zeros(num_experts * num_experts)
+        for a in range(width):
+            for b in range(a + 1, width):
+                both = (experts[:, a] >= 0) & (experts[:, b] >= 0)
+                pair = experts[both, a] * num_experts + experts[both, b]
+                pairs += np.bincount(pair, minlength=pairs.size)
+        square = pairs.reshape(num_experts, num_experts)
+        return _Counts(
+            np.bincount(used, minlength=width + 1),
+            wanted.reshape(width + 1, num_experts),
+            square + square.T,
+        )
+
+
+def _messages(
+    problem: Problem, tokens: NDArray[np.integer], layer: int, counts: _Counts, groups: Groups
+) -> float:
+    """Messages between groups in one layer, all tokens."""
+    kept = pairs_kept(counts.pairs, groups)
+    span = _span(counts, groups, *kept)
+    # a token with experts has a span of at least one, and at most one of its ranks is its home
+    span_less_one = max(0.0, span - float(counts.tokens_using[1:].sum()))
+    if problem.dispatch == "coherent" and layer > 0:
+        at_home = _pairs_after_primary(problem, tokens, layer, groups)
+    elif problem.home is not None:
+        home = problem.home.astype(np.int64) // groups.size
+        at_home = _pairs_at_home(tokens[:, layer, :], home, problem.num_experts, groups)
+    else:
+        out = span * (1 - 1 / groups.number)
+        return out + (span_less_one if problem.dispatch == "coherent" else 0.0)
+    out = max(span_less_one, _span(counts, groups, *kept, at_home))
+    return out + (span_less_one if problem.dispatch == "coherent" else 0.0)
+
+
+def _span(
+    counts: _Counts, groups: Groups, each: Floats, both: float, at_home: float = 0.0
+) -> float:
+    """Lower bound on the summed span of one layer's tokens, without experts at home.
+
+    Args:
+        counts: of the layer's tokens.
+        each, both: from `pairs_kept`.
+        at_home: token-expert pairs, at most, that are served at the token's home and do not count.
+    """
+    num_used = np.arange(len(counts.tokens_using))
+    room = float(counts.tokens_using @ -(-num_used // groups.capacity)) - at_home
+    # 1 / n = 1 - 1/2 - 1/6 - ...: all experts get their first partner before any the second
+    away = max(0.0, float(counts.wanted.sum()) - at_home)
+    span = away
+    for partners in range(1, min(num_used.size - 1, groups.capacity)):
+        spent = np.minimum(each, counts.wanted[partners + 1 :].sum(axis=0))
+        each = each - spent
+        kept = min(both, float(spent.sum()), away)
+        both -= kept
+        span -= kept / (partners * (partners + 1))
+    return max(room, span)
+
+
+def _pairs_at_home(
+    experts: NDArray[np.integer], home: NDArray[np.int64], num_experts: int, groups: Groups
+) -> float:
+    """Upper bound on the token-expert pairs that are served at the token's home.
+
+    Args:
+        experts: [T, K] of each token, -1 = unused.
+        home: [T] its home.
+    """
+    key = (home[:, None] * num_experts + experts)[experts >= 0]
+    wanted = (
+        np.bincount(key, minlength=groups.number * num_experts)
+        .reshape(groups.number, num_experts)
+        .astype(np.float64)
+    )
+    bound = float(largest(wanted, groups.capacity).sum())
+    if groups.spare == 0:
+        from solvers.assignment import assign
+
+        profit = np.ascontiguousarray(wanted.T)
+        rank = assign(profit, np.full(groups.number, groups.capacity))
+        return min(bound, float(profit[np.arange(num_experts), rank].sum()))
+    most_first = -np.sort(-wanted, axis=0)
+    gains = np.sort(most_first[1:].ravel())[::-1]
+    return min(bound, float(most_first[0].sum() + gains[: groups.spare].sum()))
+
+
+def _pairs_after_primary(
+    problem: Problem, tokens: NDArray[np.integer], layer: int, groups: Groups
+) -> float:
+    """Upper bound on the pairs that are served where the last layer's primary expert was."""
+    before, experts = tokens[:, layer - 1, :], tokens[:, layer, :].astype(np.int64)
+    if problem.primary is None:
+        primary = before[:, 0].astype(np.int64)
+    else:
+        primary = problem.primary[:, layer - 1].astype(np.int64)
+        primary = np.where((before == primary[:, None]).any(axis=1), primary, -1)
+    moved = primary >= 0
+    elsewhere = float((experts[~moved] >= 0).sum())
+    num_experts = problem.num_experts
+    key = (primary[moved][:, None] * num_experts + experts[moved])[experts[moved] >= 0]
+    flow = np.bincount(key, minlength=num_experts**2).reshape(num_experts, -1).astype(np.float64)
+    if groups.spare == 0:
+        return elsewhere + transport_bound(flow, groups.capacity, groups.capacity)
+    copies = min(groups.number * groups.size, 1 + groups.spare)
+    return elsewhere + float(largest(flow, copies * groups.capacity).sum())
+
+
+def _messages_pairwise(problem: Problem, coactivation: Floats, groups: Groups) -> float:
+    """Bound on the stand-in for messages that `solvers.check` defines without tokens."""
+    total = 0.0
+    for layer, together in enumerate(coactivation):
+        load = float(np.trace(together))
+        pairs = float(together.sum()) - load
+        per_token = 1.0 + (pairs / load if load > 0 else 0.0)
+        kept = min(pairs, pairs_kept(together, groups)[1])
+        span = 1.0 + ((per_token - 1.0) * (1.0 - kept / pairs) if pairs > 0 else 0.0)
+        if problem.dispatch != "coherent":
+            total += span * (1 - 1 / groups.number)
+            continue
+        share = 1 / groups.number  # of the span, that is at home
+        if layer > 0 and problem.primary_affinity is not None:
+            flow = problem.primary_affinity[layer - 1]
+            if flow.sum() > 0:
+                within = flow_kept(flow, groups) * per_token / float(flow.sum())
+                share = within / per_token
+        total += max(span * (2 - share) - 1, 2 * span - 2)
+    return total / len(coactivation)

@@ -1,0 +1,120 @@
+"""Flow and pairs kept within ranks, bounded by a transport problem.
+
+A rank has s slots, so an expert meets at most s experts of the next layer and s - 1 of its own:
+sharing is a 0/1 matrix whose rows and columns sum to at most that. The best such matrix is a
+transport problem, which is integral (b-matching). With redundant slots only rows are limited, an
+expert with c copies to c times as many, and spare slots are shared out greedily, which is optimal
+since an expert's gains fall with every further copy.
+
+Complexity: one min-cost flow on E^2 arcs per layer. Source: placer.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from solvers.bounds.groups import Groups
+from solvers.problem import Problem
+
+Floats = NDArray[np.float64]
+ROUNDING = 1e-11  # relative; every bound is lowered by it
+
+
+def kept_flow_bound(flow: Floats, problem: Problem) -> float:
+    """Upper bound on the flow [L-1, E, E] between layers that stays on its rank."""
+    groups = Groups.ranks(problem)
+    return sum(flow_kept(layer_flow, groups) for layer_flow in flow) * (1 + ROUNDING)
+
+
+def flow_kept(flow: Floats, groups: Groups) -> float:
+    if groups.spare == 0:
+        return transport_bound(flow, groups.capacity, groups.capacity)
+    # each copy of the row serves an equal share, next to at most `capacity` columns
+    return float(largest(flow, groups.capacity).sum())
+
+
+def pairs_kept(pairs: Floats, groups: Groups) -> tuple[Floats, float]:
+    """Upper bounds on co-activated pairs within groups: [E] of each expert, and twice their number.
+
+    Args:
+        pairs: [E, E] tokens that chose both experts; the diagonal does not matter.
+    """
+    pairs = pairs - np.diag(np.diag(pairs))
+    partners = groups.capacity - 1
+    if groups.spare == 0:
+        return largest(pairs, partners), transport_bound(pairs, partners, partners)
+    max_copies = min(groups.number * groups.size, 1 + groups.spare)
+    largest_first = np.concatenate(
+        (np.zeros((len(pairs), 1)), np.cumsum(-np.sort(-pairs, axis=1), axis=1)), axis=1
+    )
+    counts = np.minimum(np.arange(1, max_copies + 1) * partners, len(pairs))
+    with_copies = largest_first[:, counts]
+    gains = np.sort(np.diff(with_copies, axis=1).ravel())[::-1]
+    total = float(with_copies[:, 0].sum() + gains[: groups.spare].sum())
+    return with_copies[:, -1], total
+
+
+def transport_bound(weights: Floats, row_limit: int, column_limit: int) -> float:
+    """Upper bound on sum(weights M), M in [0, 1], with limited row and column sums.
+
+    The problem is integral; it is solved exactly in integers, in which weights are rounded up.
+    """
+    num_rows, num_columns = weights.shape
+    if min(row_limit, column_limit) <= 0 or not weights.any():
+        return 0.0
+    if row_limit >= num_columns and column_limit >= num_rows:
+        return float(weights.sum())
+    from ortools.graph.python import min_cost_flow
+
+    integers, scale = to_integers(weights)
+    flow = min_cost_flow.SimpleMinCostFlow()
+    i, j = np.nonzero(integers)
+    source, sink = num_rows + num_columns, num_rows + num_columns + 1
+    rows, columns = np.arange(num_rows), np.arange(num_columns)
+    supply = min(num_rows * row_limit, num_columns * column_limit)
+    arcs = [
+        (np.full(num_rows, source), rows, np.full(num_rows, row_limit), np.zeros(num_rows)),
+        (i, num_rows + j, np.ones(i.size), -integers[i, j]),
+        (
+            num_rows + columns,
+            np.full(num_columns, sink),
+            np.full(num_columns, column_limit),
+            np.zeros(num_columns),
+        ),
+        (np.array([source]), np.array([sink]), np.array([supply]), np.zeros(1)),
+    ]
+    tail, head, capacity, cost = (
+        np.concatenate([np.asarray(arc[part], np.int64) for arc in arcs]) for part in range(4)
+    )
+    flow.add_arcs_with_capacity_and_unit_cost(
+        tail.astype(np.int32), head.astype(np.int32), capacity, cost
+    )
+    flow.set_nodes_supplies(np.array([source, sink], np.int32), np.array([supply, -supply]))
+    if flow.solve() != flow.OPTIMAL:
+        raise RuntimeError("the min-cost flow of a transport problem was not solved")
+    return -float(flow.optimal_cost()) / scale
+
+
+def largest(weights: Floats, count: int) -> Floats:
+    """[rows] sum of the `count` largest entries of each row."""
+    if count <= 0:
+        return np.zeros(len(weights))
+    if count >= weights.shape[1]:
+        count = weights.shape[1]
+    largest: Floats = np.partition(weights, -count, axis=1)[:, -count:].sum(axis=1)
+    return largest
+
+
+def to_integers(weights: Floats) -> tuple[NDArray[np.int64], float]:
+    """Weights times a scale, as integers, none of them less than before.
+
+    Affinity is a sum of fractions 1 / (k k'), so there is often a small exact scale.
+    """
+    total = float(weights.sum())
+    for scale in range(1, 65):
+        scaled = weights * scale
+        if (np.abs(scaled - np.rint(scaled)) <= ROUNDING * np.maximum(1.0, scaled)).all():
+            return np.rint(scaled).astype(np.int64), float(scale)
+    scale_to_sum = 1e9 / total
+    return np.ceil(weights * scale_to_sum).astype(np.int64), scale_to_sum
