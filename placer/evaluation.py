@@ -80,7 +80,7 @@ def evaluate(
     def run(which: Placement) -> Any:
         return replay(
             judge.chunks(),
-            which,
+            which.for_rounds(judge.layer_ids),
             dispatch=dispatch,
             replica_policy=replica_policy,
             batch_tokens=batch_tokens,

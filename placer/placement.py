@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +53,20 @@ class Placement:
         ranks = np.full((num_layers * self.num_experts, max(1, int(counts.max()))), -1, np.int32)
         ranks[key[order], copy] = slot[order] // (num_slots // self.num_ranks)
         return ranks.reshape(num_layers, self.num_experts, -1)
+
+    def for_rounds(self, layer_ids: NDArray[np.int64]) -> Placement:
+        """The placement of each routing round: rounds of one layer use the same experts.
+
+        Args:
+            layer_ids: [L'] increasing layer numbers of a trace, once for each round.
+
+        Returns:
+            with a row per round; itself where no layer has a second round.
+        """
+        distinct, layer = np.unique(layer_ids, return_inverse=True)
+        if distinct.size == layer.size or distinct.size != self.num_layers:
+            return self
+        return replace(self, physical_to_logical=self.physical_to_logical[layer])
 
     def problems(self) -> list[str]:
         """What is unsound about this placement; empty when nothing is."""

@@ -21,6 +21,7 @@ from placer.placement import Placement, contiguous_like
 from placer.plan import Dispatch, Plan
 from placer.trace.concat import concatenate as concatenate_sources
 from placer.trace.model import ModelDims, Trace
+from placer.trace.rounds import one_row_per_layer
 from placer.trace.source import TraceSource
 from placer.trace.split import scramble, split_requests
 
@@ -278,6 +279,7 @@ def build_problem(source: TraceSource, settings: Settings, progress: Progress) -
     from placer.affinity import count_chunks
     from solvers import Problem
 
+    source = one_row_per_layer(source)
     if settings.num_ranks % settings.num_nodes:
         raise UsageError(
             f"{settings.num_nodes} nodes do not divide {settings.num_ranks} GPUs",
@@ -423,7 +425,7 @@ def plan_of_result(
     asked = asdict(settings)
     return Plan(
         placement=placement,
-        layer_ids=tuple(int(i) for i in parts.fit.layer_ids),
+        layer_ids=tuple(int(i) for i in np.unique(parts.fit.layer_ids)),
         model=parts.fit.model,
         dispatch=settings.dispatch,
         prediction=evaluation.to_document() | step_times(placement, baseline, parts, settings),
@@ -468,7 +470,7 @@ def step_times(
     modelled = {
         name: step_time(
             parts.judge.chunks(),
-            which,
+            which.for_rounds(parts.judge.layer_ids),
             cluster,
             dispatch=settings.dispatch,
             replica_policy=settings.replica_policy,

@@ -15,6 +15,7 @@ from placer.affinity.coactivation import lift
 from placer.affinity.information import conditional
 from placer.affinity.model import Affinity
 from placer.files import atomic_path
+from placer.trace.rounds import round_names
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -50,7 +51,8 @@ def affinity_graph(
     )
     load = affinity.load
     share = load / np.maximum(load.sum(axis=1, keepdims=True), 1)
-    names = [[f"L{layer}E{e}" for e in range(affinity.num_experts)] for layer in affinity.layer_ids]
+    rows = [name.replace("_", "R") for name in round_names(affinity.layer_ids.tolist())]
+    names = [[f"L{row}E{e}" for e in range(affinity.num_experts)] for row in rows]
     for index, layer in enumerate(affinity.layer_ids.tolist()):
         for expert, name in enumerate(names[index]):
             graph.add_node(

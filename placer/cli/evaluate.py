@@ -56,6 +56,8 @@ def evaluate(
     Of a trace that the plan was fitted to, only the held-out requests count, and only the phase
     that it was fitted to, unless --phase names another.
     """
+    import numpy as np
+
     from placer.baselines import baseline_placement
     from placer.errors import UsageError
     from placer.evaluation import evaluate as judge
@@ -70,12 +72,13 @@ def evaluate(
         progress("reading the trace")
         source = open_traces([trace])[0]
         show_warnings(source.warnings)
-        theirs = (source.num_layers, source.num_experts)
+        layer_ids = np.unique(source.layer_ids).tolist()
+        theirs = (len(layer_ids), source.num_experts)
         ours = (plan.placement.num_layers, plan.placement.num_experts)
-        if theirs != ours or tuple(source.layer_ids.tolist()) != plan.layer_ids:
+        if theirs != ours or tuple(layer_ids) != plan.layer_ids:
             raise UsageError(
                 f"{trace} has {theirs[0]} layers x {theirs[1]} experts "
-                f"({_span(source.layer_ids.tolist())}), the plan {ours[0]} x {ours[1]} "
+                f"({_span(layer_ids)}), the plan {ours[0]} x {ours[1]} "
                 f"({_span(list(plan.layer_ids))})",
                 "a plan can be judged only on a trace of its own model",
             )

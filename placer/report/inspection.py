@@ -22,7 +22,12 @@ def inspection_lines(document: Mapping[str, Any]) -> list[RenderableType]:
     facts = {
         "format": f"{document['file_format']}, {document['bytes_on_disk']:,} bytes",
         "tokens": f"{document['tokens']:,} of {document['requests']:,} requests",
-        "layers": f"{document['layers']} (ids {layer_ids[0]}..{layer_ids[-1]})",
+        "layers": f"{document['layers']} (ids {layer_ids[0]}..{layer_ids[-1]})"
+        + (
+            f", {len(layer_ids)} routing rounds in all"
+            if len(layer_ids) > document["layers"]
+            else ""
+        ),
         "experts": f"{document['experts']}, top-{document['top_k']}"
         + (f" (used: {used['min']} to {used['max']}, mean {used['mean']:.2f})" if used else ""),
         "phases": ", ".join(f"{n:,} {name}" for name, n in document["phases"].items() if n),

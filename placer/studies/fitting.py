@@ -106,7 +106,7 @@ class Judge:
 
         self._replays[name] = replay(
             self._source.chunks(),
-            placement,
+            placement.for_rounds(self._source.layer_ids),
             dispatch=self._settings.dispatch,
             replica_policy=self._settings.replica_policy,
             mixed_batches=False,

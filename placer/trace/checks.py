@@ -42,7 +42,8 @@ def make_trace(
         experts: [T, L, K] integers, or [T, L] for one expert per token; -1 = unused. Rows where
             an unused entry stands before a used one are closed up (their weights move along).
         num_experts: E.
-        layer_ids: [L] real layer numbers, strictly increasing; default 0..L-1.
+        layer_ids: [L] real layer numbers, increasing; default 0..L-1. A layer that routes its
+            tokens several times stands there once for each round.
         request: [T]; default one request, 0.
         position: [T]; default the running index of a token within its request.
         phase: [T], 0 prefill or 1 decode; default prefill.
@@ -126,7 +127,7 @@ def expert_table(experts: ArrayLike, where: str) -> NDArray[np.integer]:
 
 
 def check_layer_ids(layer_ids: ArrayLike, num_layers: int, where: str) -> NDArray[np.int64]:
-    """[L] int64 layer numbers, strictly increasing."""
+    """[L] int64 layer numbers, increasing; equal ones are routing rounds of one layer."""
     ids = np.asarray(layer_ids)
     if ids.dtype.kind not in "iu" or ids.shape != (num_layers,):
         raise BadFileError(
@@ -136,12 +137,12 @@ def check_layer_ids(layer_ids: ArrayLike, num_layers: int, where: str) -> NDArra
     ids = ids.astype(np.int64, copy=False)
     if ids[0] < 0:
         raise BadFileError(f"{where}: layer_ids starts at {ids[0]}, expected 0 or more")
-    unordered = np.flatnonzero(ids[1:] <= ids[:-1])
+    unordered = np.flatnonzero(ids[1:] < ids[:-1])
     if unordered.size:
         at = int(unordered[0])
         raise BadFileError(
             f"{where}: layer_ids has {ids[at + 1]} after {ids[at]}, expected increasing numbers",
-            "sort the layers of experts by their real layer number",
+            "sort the layers of experts by their real layer number; rounds of one layer repeat it",
         )
     return ids
 

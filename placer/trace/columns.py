@@ -8,6 +8,8 @@
 | label | dictionary<string> | null where a request has none |
 | experts_<layer id> | list<int16> or list<int32> | only those used, so lengths may differ |
 | weights_<layer id> | list<float32> | where the manifest says so; as long as the list of experts |
+
+Where a layer routes its tokens several times, its second round is experts_<layer id>_2, and so on.
 """
 
 from __future__ import annotations
@@ -22,16 +24,19 @@ from numpy.typing import NDArray
 from placer.errors import BadFileError
 from placer.trace.checks import expert_dtype
 from placer.trace.layout import Manifest
+from placer.trace.rounds import round_names
 
 ROW_GROUP_TOKENS = 32768
 
 
-def experts_column(layer_id: int) -> str:
-    return f"experts_{layer_id}"
+def experts_columns(manifest: Manifest) -> list[str]:
+    """[L] names of the columns of expert ids."""
+    return [f"experts_{name}" for name in round_names(manifest.layer_ids)]
 
 
-def weights_column(layer_id: int) -> str:
-    return f"weights_{layer_id}"
+def weights_columns(manifest: Manifest) -> list[str]:
+    """[L] names of the columns of gate weights."""
+    return [f"weights_{name}" for name in round_names(manifest.layer_ids)]
 
 
 def token_columns(manifest: Manifest) -> list[str]:
@@ -48,10 +53,11 @@ def schema(manifest: Manifest) -> pa.Schema:
     ]
     fields.append(pa.field("label", pa.dictionary(pa.int32(), pa.string())))
     expert_type = pa.from_numpy_dtype(expert_dtype(manifest.num_experts))
-    for layer_id in manifest.layer_ids:
-        fields.append(_list_field(experts_column(layer_id), expert_type))
+    names = zip(experts_columns(manifest), weights_columns(manifest), strict=True)
+    for experts, weights in names:
+        fields.append(_list_field(experts, expert_type))
         if manifest.weights:
-            fields.append(_list_field(weights_column(layer_id), pa.float32()))
+            fields.append(_list_field(weights, pa.float32()))
     return pa.schema(fields)
 
 
@@ -66,7 +72,7 @@ def writer_options(manifest: Manifest) -> dict[str, Any]:
     """Encodings that every reader of Parquet knows: ids by dictionary, counters by differences."""
     counters = [name for name in token_columns(manifest) if name != "phase"]
     encoding = dict.fromkeys(counters, "DELTA_BINARY_PACKED")
-    experts = [f"{experts_column(layer_id)}.list.element" for layer_id in manifest.layer_ids]
+    experts = [f"{name}.list.element" for name in experts_columns(manifest)]
     return {
         "compression": "zstd",
         "compression_level": 1,

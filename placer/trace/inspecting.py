@@ -54,7 +54,7 @@ def inspect_trace(path: Path | str) -> dict[str, Any]:
         "sound": not problems,
         "tokens": counts.tokens,
         "requests": len(counts.requests.ids),
-        "layers": source.num_layers,
+        "layers": int(np.unique(source.layer_ids).size),
         "layer_ids": source.layer_ids.tolist(),
         "experts": source.num_experts,
         "top_k": source.top_k,

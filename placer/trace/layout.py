@@ -54,7 +54,7 @@ class Manifest(BaseModel, strict=True):
 
     Attributes:
         num_experts: E.
-        layer_ids: real numbers of the MoE layers, increasing.
+        layer_ids: real numbers of the MoE layers, increasing; repeated for each routing round.
         top_k: the most experts that a token may use in one layer.
         weights, step, home: whether the parts have these columns.
         model: dimensions of the model.
@@ -256,7 +256,7 @@ def _is_ours(manifest: Path) -> bool:
 
 def _problem(manifest: Manifest) -> str:
     ids = manifest.layer_ids
-    if any(b <= a for a, b in pairwise(ids)):
+    if any(b < a for a, b in pairwise(ids)):
         return f"layer_ids are {ids}, expected increasing numbers"
     if manifest.top_k > manifest.num_experts:
         return f"top_k is {manifest.top_k}, more than the {manifest.num_experts} experts"

@@ -37,7 +37,8 @@ class Trace:
         experts: [T, L, K] int16 or int32, logical expert ids; -1 = unused. Used ids come first,
             each at most once. Where `weights` is None, column 0 is the primary expert.
         num_experts: E, logical experts per layer.
-        layer_ids: [L] int64, the real layer numbers, increasing.
+        layer_ids: [L] int64, the real layer numbers, increasing. Where a layer routes its tokens
+            several times (Chain-of-Experts), its number stands once for each round.
         request: [T] int64, the request that a token belongs to.
         position: [T] int64, the token's position in its request.
         phase: [T] uint8, 0 prefill, 1 decode.

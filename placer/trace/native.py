@@ -108,10 +108,9 @@ class NativeSource(TraceSource):
         check_max_tokens(max_tokens)
         weights = self.has_weights and with_weights
         names = [*columns.token_columns(self.manifest), "label"]
-        for layer_id in self.manifest.layer_ids:
-            names.append(columns.experts_column(layer_id))
-            if weights:
-                names.append(columns.weights_column(layer_id))
+        names += columns.experts_columns(self.manifest)
+        if weights:
+            names += columns.weights_columns(self.manifest)
         for part in self._parts:
             first = part.first_token
             for batch in _batches(part, names, max_tokens):
@@ -139,14 +138,14 @@ class NativeSource(TraceSource):
         num_tokens, shape = len(batch), (len(batch), self.num_layers, self.top_k)
         experts = np.empty(shape, expert_dtype(self.num_experts))
         gates = np.empty(shape, np.float32) if weights else None
-        for layer, layer_id in enumerate(self.manifest.layer_ids):
-            name = columns.experts_column(layer_id)
+        gate_names = columns.weights_columns(self.manifest)
+        for layer, name in enumerate(columns.experts_columns(self.manifest)):
             lengths = columns.read_list(
                 batch.column(name), experts[:, layer], -1, f"{where}: {name}"
             )
             if gates is None:
                 continue
-            name = columns.weights_column(layer_id)
+            name = gate_names[layer]
             others = columns.read_list(batch.column(name), gates[:, layer], 0, f"{where}: {name}")
             if not _same_lengths(lengths, others):
                 raise BadFileError(f"{where}: {name} has lists of other lengths than the experts")

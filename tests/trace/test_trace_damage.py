@@ -199,7 +199,7 @@ def test_a_newer_version_is_refused_with_the_found_and_the_expected(folder: Path
         ({"num_experts": "8"}, "num_experts"),
         ({"num_experts": "-"}, "num_experts"),
         ({"layer_ids": []}, "layer_ids"),
-        ({"layer_ids": [4, 4]}, "layer_ids"),
+        ({"layer_ids": [4, 3]}, "layer_ids"),
         ({"top_k": 9}, "top_k"),
         ({"weights": 1}, "weights"),
         ({"model": {"hidden_size": -4}}, "hidden_size"),

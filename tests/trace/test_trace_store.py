@@ -184,7 +184,7 @@ def test_what_the_writer_records_must_be_given(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"layer_ids": []}, "layer_ids"),
-        ({"layer_ids": [3, 3]}, "expected increasing"),
+        ({"layer_ids": [3, 2]}, "expected increasing"),
         ({"layer_ids": [-1, 3]}, "layer_ids"),
         ({"num_experts": 0}, "num_experts"),
         ({"top_k": 9}, "top_k is 9, more than the 8 experts"),
