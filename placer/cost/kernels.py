@@ -86,26 +86,27 @@ def serve_token(
     top_k = experts.shape[0]
     num_ranks = sent.shape[0]
     used_node[h // ranks_per_node] = stamp
-    for k in range(top_k):  # step 1: a copy on the home rank
+    undecided = 0
+    for k in range(top_k):  # steps 1 and 2, which no count sways: the only copy, or one at home
         e = experts[k]
-        served[k] = -1
-        if e < 0:
-            continue
-        for c in range(copies[e]):
-            if ranks[e, c] == h:
-                served[k] = h
-                sent[h] += 1
-                used[h] = stamp
-                break
-    for k in range(top_k):  # step 2: the only copy
-        e = experts[k]
-        if e < 0 or served[k] >= 0 or copies[e] > 1:
-            continue
-        g = ranks[e, 0]
+        g = -1
+        if e >= 0:
+            if copies[e] == 1:
+                g = ranks[e, 0]
+            else:
+                undecided += 1
+                for c in range(copies[e]):
+                    if ranks[e, c] == h:
+                        g = h
+                        undecided -= 1
+                        break
         served[k] = g
-        sent[g] += 1
-        used[g] = stamp
-        used_node[g // ranks_per_node] = stamp
+        if g >= 0:
+            sent[g] += 1
+            used[g] = stamp
+            used_node[g // ranks_per_node] = stamp
+    if undecided == 0:
+        return
     for k in range(top_k):  # step 3: used rank, then touched node, then where h sent least
         e = experts[k]
         if e < 0 or served[k] >= 0:
