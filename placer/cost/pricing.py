@@ -1,22 +1,19 @@
-"""The prices of the step-time model: microseconds of counted transfers and computations.
-
-Bandwidths in GB/s are 10^3 bytes per microsecond. Formulas in docs/metrics.md.
-"""
+"""The prices of the step-time model: microseconds of counted transfers and computations."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from placer.cluster import Cluster
+from placer.cost.compute import compute_time
+from placer.cost.links import Links
 from placer.trace.model import ModelDims
 from solvers.problem import Dispatch
 
 Times = NDArray[np.float64]
-PARTS = ("dispatch_us", "compute_us", "combine_us", "kv_us", "latency_us")
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,10 @@ class Counts:
 
     Attributes:
         tokens: [n].
-        dispatch, combine: [n, L, link, direction, G] hidden states; see `kernels.transfers`.
+        dispatch, combine: [n, L, link, direction, G] hidden states; see
+            `transfer_kernels.transfers`.
+        pairs_of_ranks: [n, L, way, G, G] hidden states from rank to rank, on dispatch and combine;
+            [0, ...] where nobody asked.
         pairs: [n, L, G] token-expert pairs.
         activated: [n, L, G] distinct experts used.
     """
@@ -50,8 +50,33 @@ class Counts:
     tokens: NDArray[np.int64]
     dispatch: NDArray[np.int32]
     combine: NDArray[np.int32]
+    pairs_of_ranks: NDArray[np.int32]
     pairs: NDArray[np.int32]
     activated: NDArray[np.int32]
+
+
+@dataclass(frozen=True, eq=False)
+class Priced:
+    """Microseconds of n batches; zeros where a part is unknown.
+
+    Attributes:
+        dispatch_us, combine_us: [n, L] transfers, latency included.
+        compute_us: [n, L] computation, until the last rank is done.
+        balanced_us: [n, L] the same if every rank had the mean work.
+        latency_us: [n] the part of all transfers that is latency.
+        kv_us: [n] all-gather of new keys and values.
+        rank_waits: [n, G] time spent waiting for each rank: for its computation, or its links.
+        link_waits: [n, links] time spent waiting for each link.
+    """
+
+    dispatch_us: Times
+    combine_us: Times
+    compute_us: Times
+    balanced_us: Times
+    latency_us: Times
+    kv_us: Times
+    rank_waits: Times
+    link_waits: Times
 
 
 class Pricing:
@@ -59,6 +84,7 @@ class Pricing:
 
     Attributes:
         transport: how hidden states travel.
+        links: all links, by number.
         missing: dimensions that are needed and unknown.
         unknown: parts that cannot be priced without them.
     """
@@ -67,6 +93,7 @@ class Pricing:
         self, cluster: Cluster, dims: ModelDims, transport: Transport, dispatch: Dispatch
     ) -> None:
         self.transport = transport
+        self.links = Links(cluster)
         self._cluster = cluster
         self._dims = dims
         self._dispatch = dispatch
@@ -75,87 +102,61 @@ class Pricing:
             "hidden_size": (dims.hidden_size, transfers),
             "expert_bytes": (dims.expert_bytes, ("compute_us",)),
             "expert_flops_per_token": (dims.expert_flops_per_token, ("compute_us",)),
-            "cluster hbm_gbps": (cluster.hbm_gbps, ("compute_us",)),
-            "cluster flops": (cluster.flops, ("compute_us",)),
+            "cluster hbm_gbps": (cluster.of_ranks("hbm_gbps"), ("compute_us",)),
+            "cluster flops": (cluster.of_ranks("flops"), ("compute_us",)),
         }
         if dispatch == "coherent":
             needs["kv_bytes_per_token"] = (transport.kv_bytes_per_token, ("kv_us", "latency_us"))
         self.missing = tuple(name for name, (value, _) in needs.items() if value is None)
         self.unknown = {part for name in self.missing for part in needs[name][1]}
 
-    def price(self, counts: Counts) -> dict[str, NDArray[Any]]:
-        """Part -> [n] microseconds (zeros where unknown), and the bottleneck rank [n]."""
+    def price(self, counts: Counts) -> Priced:
+        """What these batches cost."""
         n, num_layers, num_ranks = counts.pairs.shape
         tokens = counts.tokens.astype(np.float64)
-        waited = np.zeros((n, num_ranks))
-        parts = dict.fromkeys(PARTS, np.zeros(n))
-        if "dispatch_us" not in self.unknown:
-            for part, states, element_bytes in (
-                ("dispatch_us", counts.dispatch, self.transport.dispatch_element_bytes),
-                ("combine_us", counts.combine, self.transport.combine_element_bytes),
-            ):
-                state_bytes = float(self._dims.hidden_size or 0) * element_bytes
-                if self._dispatch == "allgather":
-                    wire, latency = self._all_gather(tokens * state_bytes)
-                    wire, latency = wire * num_layers, latency * num_layers
-                else:
-                    wire, latency = self._transfer(states.astype(np.float64) * state_bytes, waited)
-                parts[part] = wire + latency
-                parts["latency_us"] = parts["latency_us"] + latency
+        rank_waits = np.zeros((n, num_ranks))
+        link_waits = np.zeros((n, len(self.links.names)))
+        rows = np.arange(n)[:, None]
+        latency_us = np.zeros(n)
+        moved: list[Times] = []
+        for way, (states, element_bytes) in enumerate(
+            (
+                (counts.dispatch, self.transport.dispatch_element_bytes),
+                (counts.combine, self.transport.combine_element_bytes),
+            )
+        ):
+            if "dispatch_us" in self.unknown:
+                moved.append(np.zeros((n, num_layers)))
+                continue
+            state_bytes = float(self._dims.hidden_size or 0) * element_bytes
+            if self._dispatch == "allgather":
+                wire, latency, link = self.links.all_gather(tokens * state_bytes)
+                moved.append(np.repeat((wire + latency)[:, None], num_layers, axis=1))
+                latency_us += latency * num_layers
+                link_waits[:, link] += wire * num_layers
+                continue
+            asked = counts.pairs_of_ranks
+            pairs = asked[:, :, way] if self.links.has_pairs else None
+            found = self.links.transfer(
+                states, pairs, state_bytes, in_turn=self.transport.deduplicate_nodes
+            )
+            moved.append(found.wire_us + found.latency_us)
+            latency_us += found.latency_us.sum(axis=1)
+            np.add.at(link_waits, (rows, found.link), found.wire_us)
+        is_owned = self.links.rank_of >= 0
+        np.add.at(rank_waits.T, self.links.rank_of[is_owned], link_waits.T[is_owned])
+        compute_us = balanced_us = np.zeros((n, num_layers))
         if "compute_us" not in self.unknown:
-            parts["compute_us"] = self._compute(counts, waited)
+            computed = compute_time(self._cluster, self._dims, counts.pairs, counts.activated)
+            compute_us, balanced_us = computed.time_us, computed.balanced_us
+            np.add.at(rank_waits, (rows, computed.rank), computed.time_us)
+        kv_us = np.zeros(n)
         if self._dispatch == "coherent" and "kv_us" not in self.unknown:
             kv_bytes = float(self.transport.kv_bytes_per_token or 0)
-            wire, latency = self._all_gather(tokens * kv_bytes)
-            parts["kv_us"] = wire + latency
-            parts["latency_us"] = parts["latency_us"] + latency
-        return {**parts, "bottleneck_rank": waited.argmax(axis=1)}
-
-    def _transfer(self, moved_bytes: Times, waited: Times) -> tuple[Times, Times]:
-        """Wire and latency time [n], summed over layers, of bytes [n, L, link, direction, G]."""
-        cluster = self._cluster
-        moved = moved_bytes.copy()
-        if cluster.inter_node_scope == "node":
-            network = moved[:, :, 1].reshape(*moved.shape[:2], 2, -1, cluster.ranks_per_node)
-            moved[:, :, 1] = np.repeat(network.sum(axis=-1), cluster.ranks_per_node, axis=-1)
-        rates = np.array([cluster.intra_node_gbps, cluster.inter_node_gbps]) * 1e3
-        per_rank = (moved.max(axis=3) / rates[:, None]).max(axis=2)
-        wire = self._slowest(per_rank, waited)
-        used = moved.max(axis=(3, 4)) > 0
-        intra = np.where(used[:, :, 0], cluster.intra_node_latency_us, 0.0)
-        inter = np.where(used[:, :, 1], cluster.inter_node_latency_us, 0.0)
-        # With de-duplication the fan-out follows the network; without, both go at once.
-        latency = intra + inter if self.transport.deduplicate_nodes else np.maximum(intra, inter)
-        return wire, latency.sum(axis=1)
-
-    def _all_gather(self, total_bytes: Times) -> tuple[Times, Times]:
-        """Wire and latency time [n] of bringing `total_bytes` [n], spread evenly, to all ranks.
-
-        Every rank fetches its share of the other nodes' bytes over the network, and the rest of
-        what it lacks from its own node.
-        """
-        cluster = self._cluster
-        network = total_bytes * (1 - 1 / cluster.num_nodes) / cluster.ranks_per_node
-        fast = total_bytes * (1 - 1 / cluster.num_ranks) - network
-        sharers = cluster.ranks_per_node if cluster.inter_node_scope == "node" else 1
-        wire = np.maximum(
-            network * sharers / (cluster.inter_node_gbps * 1e3),
-            fast / (cluster.intra_node_gbps * 1e3),
+            wire, latency, link = self.links.all_gather(tokens * kv_bytes)
+            kv_us = wire + latency
+            latency_us = latency_us + latency
+            link_waits[:, link] += wire
+        return Priced(
+            moved[0], moved[1], compute_us, balanced_us, latency_us, kv_us, rank_waits, link_waits
         )
-        latency = cluster.intra_node_latency_us * (cluster.ranks_per_node > 1)
-        latency += cluster.inter_node_latency_us * (cluster.num_nodes > 1)
-        return wire, np.where(total_bytes > 0, latency, 0.0)
-
-    def _compute(self, counts: Counts, waited: Times) -> Times:
-        """Roofline time [n], summed over layers, of the busiest rank of each layer."""
-        flop_us = float(self._dims.expert_flops_per_token or 0) / float(self._cluster.flops or 1)
-        read_us = float(self._dims.expert_bytes or 0) / (float(self._cluster.hbm_gbps or 1) * 1e3)
-        per_rank = np.maximum(counts.pairs * (flop_us * 1e6), counts.activated * read_us)
-        return self._slowest(per_rank, waited)
-
-    def _slowest(self, per_rank: Times, waited: Times) -> Times:
-        """[n] sum over layers of the slowest rank's time, also added to its `waited` [n, G]."""
-        peak = per_rank.max(axis=2)
-        np.add.at(waited, (np.arange(peak.shape[0])[:, None], per_rank.argmax(axis=2)), peak)
-        total: Times = peak.sum(axis=1)
-        return total

@@ -235,12 +235,12 @@ class _Pass:
         ordinal: NDArray[np.int64],
         batch: NDArray[np.int64],
     ) -> None:
-        from placer.cost import kernels
+        from placer.cost import counting_kernels
 
         experts, weights = kernel_arrays(chunk, part)
         slots = self._open.slots_of(batch)
         block = ordinal % _MAX_BLOCKS
-        kernels.count(
+        counting_kernels.count(
             self.server.serve(
                 experts, weights, home, turns_of(chunk, part), slots, self._open.sent
             ),

@@ -83,7 +83,7 @@ class Server:
             sent: [N, G, L, G] pairs that each home rank has sent so far in each batch; updated
                 where `depends_on_home`, else not looked at.
         """
-        from placer.cost import kernels
+        from placer.cost import serving_kernels as kernels
 
         served = np.empty_like(experts)
         if self.depends_on_home:
@@ -126,7 +126,7 @@ def serve_layer(
         home: the rank that decides.
         num_ranks, ranks_per_node: of the placement.
     """
-    from placer.cost import kernels
+    from placer.cost import serving_kernels as kernels
 
     served = np.empty((experts.shape[0], 1, experts.shape[1]), np.int32)
     kernels.serve_local(

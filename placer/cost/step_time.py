@@ -1,7 +1,7 @@
 """Modelled step time: what a batch costs on a cluster under each dispatch model.
 
 Everything here is modelled, from a trace, a placement, a cluster's figures and a model's
-dimensions; nothing is measured. docs/metrics.md has the formulas and an example worked by hand.
+dimensions; nothing is measured. docs/cost-model.md has the formulas and an example worked by hand.
 """
 
 from __future__ import annotations
@@ -14,64 +14,117 @@ import numpy as np
 from numpy.typing import NDArray
 
 from placer.cluster import Cluster
+from placer.cost.batching import (
+    Batching,
+    equal_ranks,
+    equal_runs,
+    micro_batches,
+    recorded_passes,
+)
 from placer.cost.order import concatenate, interleave
-from placer.cost.pricing import PARTS, Counts, Pricing, Times, Transport
-from placer.cost.serving import ReplicaPolicy, Server, home_ranks, kernel_arrays, turns_of
+from placer.cost.pipeline import makespan
+from placer.cost.pricing import Priced, Pricing, Times, Transport
+from placer.cost.serving import ReplicaPolicy, Server, home_ranks
+from placer.cost.walking import Setting, price_batches
 from placer.errors import UsageError
 from placer.placement import Placement
 from placer.trace.model import ModelDims, Trace
 from solvers.problem import Dispatch
 
+PARTS = ("dispatch_us", "compute_us", "combine_us", "kv_us", "latency_us", "imbalance_us")
+QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 _MAX_TOKENS = 2**18
-_GROUP_BYTES = 2**24
 
 
 @dataclass(frozen=True, eq=False)
 class StepTime:
-    """Modelled times of N batches, microseconds summed over layers.
+    """Modelled times of N batches, microseconds summed over layers (and micro-batches).
 
     Attributes:
         dispatch: the dispatch model.
         how: how the batches were made, in words.
+        micro_batches: M, 1 = communication and computation take turns.
         num_tokens: [N] tokens of each batch.
         dispatch_us, combine_us: [N] transfers to the experts and back, latency included; None
             where a dimension is missing.
         compute_us: [N] expert computation; None where a dimension is missing.
         kv_us: [N] all-gather of new KV (coherent only, else zeros); None where unknown.
         latency_us: [N] the part of all transfers that is latency.
-        total_us: [N] dispatch + compute + combine + KV; None where one of them is.
+        imbalance_us: [N] the part of the computation that a perfect balance would save.
+        total_us: [N] dispatch + compute + combine + KV, less what micro-batches hide; None where
+            one of them is.
         bottleneck_rank: [N] the rank that most of the known time is spent waiting for.
+        rank_waits_us: [G] over all batches, time spent waiting for each rank.
+        link_waits_us: [links] the same for each link.
+        link_names: of every link.
         missing: dimensions that would be needed for what is None.
     """
 
     dispatch: Dispatch
     how: str
+    micro_batches: int
     num_tokens: NDArray[np.int64]
     dispatch_us: Times | None
     compute_us: Times | None
     combine_us: Times | None
     kv_us: Times | None
     latency_us: Times | None
+    imbalance_us: Times | None
     total_us: Times | None
     bottleneck_rank: NDArray[np.int64]
+    rank_waits_us: Times
+    link_waits_us: Times
+    link_names: tuple[str, ...]
     missing: tuple[str, ...]
 
+    def shares(self) -> dict[str, float] | None:
+        """Shares of the work of all batches; None where a part is unknown or there is no batch.
+
+        transfer: bytes on the most congested links, there and back, KV included.
+        latency: of all transfers.
+        compute: the experts' computation if the ranks were perfectly balanced.
+        imbalance: what the busiest ranks take longer.
+        hidden: what micro-batches overlap, as a share of the sum of the others (which add up to 1).
+        """
+        if self.total_us is None or not self.num_tokens.size:
+            return None
+        dispatch, compute, combine, kv, latency, imbalance = (
+            float(np.sum(getattr(self, name))) for name in PARTS
+        )
+        work = dispatch + compute + combine + kv
+        if work == 0:
+            return None
+        return {
+            "transfer": (dispatch + combine + kv - latency) / work,
+            "latency": latency / work,
+            "compute": (compute - imbalance) / work,
+            "imbalance": imbalance / work,
+            "hidden": 1 - float(self.total_us.sum()) / work,
+        }
+
     def summary(self) -> dict[str, Any]:
-        """As JSON: mean, median and 95th percentile of the total, means of the parts."""
+        """As JSON: mean and percentiles of the total, means of the parts, shares, bottlenecks."""
         total = self.total_us if self.total_us is not None and self.total_us.size else None
         document: dict[str, Any] = {
             "modelled": True,
             "dispatch": self.dispatch,
             "batches": self.how,
             "num_batches": int(self.num_tokens.size),
+            "tokens_per_batch": float(self.num_tokens.mean()) if self.num_tokens.size else None,
+            "micro_batches": self.micro_batches,
             "missing": list(self.missing),
             "total_us": None if total is None else float(total.mean()),
         }
-        for name, q in (("p50", 0.5), ("p95", 0.95)):
+        for name, q in QUANTILES.items():
             document[f"total_us_{name}"] = None if total is None else float(np.quantile(total, q))
         for name in PARTS:
             value = getattr(self, name)
             document[name] = None if value is None or not value.size else float(value.mean())
+        document["shares"] = self.shares()
+        document["bottleneck"] = {
+            "rank": _largest(self.rank_waits_us, [str(g) for g in range(self.rank_waits_us.size)]),
+            "link": _largest(self.link_waits_us, self.link_names),
+        }
         return document
 
 
@@ -85,7 +138,9 @@ def step_time(
     transport: Transport | None = None,
     replica_policy: ReplicaPolicy = "local",
     batch_tokens: int = 256,
+    tokens_per_rank: int | None = None,
     mixed_batches: bool | None = None,
+    num_micro_batches: int = 1,
     ignore_home: bool = False,
 ) -> StepTime:
     """Price every batch of a trace (of its first 262,144 tokens).
@@ -99,9 +154,12 @@ def step_time(
         transport: default: `Transport()`.
         replica_policy: as in `replay`.
         batch_tokens: tokens of a batch where the trace records no forward passes.
+        tokens_per_rank: batches of so many tokens of every home rank instead, whatever the trace
+            records; tokens are taken round-robin over requests.
         mixed_batches: take the tokens round-robin over requests; None = only where the trace
             records no forward passes. (Consecutive tokens are mostly of one request and so of
             one home rank, whose link would be priced as if nobody else used theirs.)
+        num_micro_batches: parts of a batch of which one communicates while another computes.
         ignore_home: as in `replay`.
 
     Raises:
@@ -109,8 +167,13 @@ def step_time(
 
     Cost: O(T L K) and O(N L G).
     """
-    if batch_tokens < 1:
-        raise UsageError(f"batch_tokens is {batch_tokens}, expected at least 1")
+    for name, value in (
+        ("batch_tokens", batch_tokens),
+        ("tokens_per_rank", tokens_per_rank),
+        ("num_micro_batches", num_micro_batches),
+    ):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} is {value}, expected at least 1")
     shape = (cluster.num_ranks, cluster.ranks_per_node)
     if shape != (placement.num_ranks, placement.ranks_per_node):
         raise UsageError(
@@ -119,98 +182,85 @@ def step_time(
         )
     trace = _first_tokens([source] if isinstance(source, Trace) else source)
     mixed = trace.step is None if mixed_batches is None else mixed_batches
-    if mixed:
+    if mixed or tokens_per_rank is not None:
         trace = interleave(trace)
-    order, starts, how = _batches(trace, batch_tokens)
-    if mixed:
-        how = f"{batch_tokens} tokens taken round-robin over requests"
+    home = home_ranks(trace, placement.num_ranks, ignore_home=ignore_home)
+    batching = _batching(trace, home, placement.num_ranks, batch_tokens, tokens_per_rank, mixed)
     pricing = Pricing(cluster, dims or trace.model, transport or Transport(), dispatch)
-    walk = _Walk(trace, placement, dispatch, replica_policy, ignore_home, pricing.transport)
-    per_batch = 40 * placement.num_layers * placement.num_ranks + walk.sent_bytes
-    size = max(1, _GROUP_BYTES // per_batch)
-    parts = [
-        pricing.price(walk.counts(order, starts[first : first + size + 1]))
-        for first in range(0, max(1, starts.size - 1), size)
-    ]
-    merged = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    known = {name: None if name in pricing.unknown else merged[name] for name in PARTS}
-    whole: Times = np.sum([merged[name] for name in PARTS if name != "latency_us"], axis=0)
+    server = Server(placement, dispatch, replica_policy)
+    server.check(trace)
+    setting = Setting(
+        trace,
+        home,
+        server,
+        dispatch,
+        pricing.transport.deduplicate_nodes,
+        cluster.ranks_per_leaf,
+        pricing.links.has_pairs,
+    )
+    parts = micro_batches(batching, home, num_micro_batches)
+    return _assembled(
+        price_batches(setting, parts, pricing), pricing, batching, dispatch, num_micro_batches
+    )
+
+
+def _assembled(
+    priced: list[Priced],
+    pricing: Pricing,
+    batching: Batching,
+    dispatch: Dispatch,
+    num_micro_batches: int,
+) -> StepTime:
+    """Sums over layers and micro-batches, and the total with their overlap."""
+
+    def joined(name: str) -> Times:
+        return np.concatenate([getattr(part, name) for part in priced])
+
+    def by_batch(values: Times) -> Times:
+        return values.reshape(-1, num_micro_batches, *values.shape[1:])
+
+    layers = {name: by_batch(joined(name)) for name in ("dispatch_us", "compute_us", "combine_us")}
+    sums = {name: values.sum(axis=(1, 2)) for name, values in layers.items()}
+    for name in ("kv_us", "latency_us"):
+        sums[name] = by_batch(joined(name)).sum(axis=1)
+    sums["imbalance_us"] = sums["compute_us"] - by_batch(joined("balanced_us")).sum(axis=(1, 2))
+    if num_micro_batches == 1:
+        total = sums["dispatch_us"] + sums["compute_us"] + sums["combine_us"]
+    else:
+        total = makespan(layers["dispatch_us"], layers["compute_us"], layers["combine_us"])
+    rank_waits = by_batch(joined("rank_waits")).sum(axis=1)
+    unknown = pricing.unknown | ({"imbalance_us"} if "compute_us" in pricing.unknown else set())
+    known = {name: None if name in unknown else sums[name] for name in PARTS}
     return StepTime(
         dispatch=dispatch,
-        how=how,
-        num_tokens=np.diff(starts),
-        total_us=None if pricing.unknown else whole,
-        bottleneck_rank=merged["bottleneck_rank"].astype(np.int64),
+        how=batching.how,
+        micro_batches=num_micro_batches,
+        num_tokens=np.diff(batching.starts),
+        total_us=None if pricing.unknown else total + sums["kv_us"],
+        bottleneck_rank=rank_waits.argmax(axis=1).astype(np.int64),
+        rank_waits_us=rank_waits.sum(axis=0),
+        link_waits_us=joined("link_waits").sum(axis=0),
+        link_names=pricing.links.names,
         missing=pricing.missing,
         **known,
     )
 
 
-class _Walk:
-    """Counts transfers and pairs of batches of a trace."""
-
-    def __init__(
-        self,
-        trace: Trace,
-        placement: Placement,
-        dispatch: Dispatch,
-        replica_policy: ReplicaPolicy,
-        ignore_home: bool,
-        transport: Transport,
-    ) -> None:
-        self._server = Server(placement, dispatch, replica_policy)
-        self._server.check(trace)
-        self._trace = trace
-        self._dispatch = dispatch
-        self._deduplicate = transport.deduplicate_nodes
-        self._home = home_ranks(trace, placement.num_ranks, ignore_home=ignore_home)
-        shape = (placement.num_layers, placement.num_experts, placement.num_ranks)
-        self._last = np.zeros(shape, np.int64)
-        self._stamp = 1
-
-    @property
-    def sent_bytes(self) -> int:
-        """Of one batch, for what home ranks have sent."""
-        return self._server.nothing_sent(1).nbytes
-
-    def counts(self, order: NDArray[np.int64], starts: NDArray[np.int64]) -> Counts:
-        """Of the n batches that begin at `starts` [n + 1] in `order` [T]."""
-        from placer.cost import kernels
-
-        placement = self._server.placement
-        sizes = np.diff(starts)
-        n, num_layers, num_ranks = sizes.size, placement.num_layers, placement.num_ranks
-        tokens = order[starts[0] : starts[-1]]
-        batch = np.repeat(np.arange(n, dtype=np.int32), sizes)
-        experts, weights = kernel_arrays(self._trace, tokens)
-        home = self._home[tokens]
-        sent = self._server.nothing_sent(n)
-        turn = turns_of(self._trace, tokens)
-        served = self._server.serve(experts, weights, home, turn, batch, sent)
-        found = Counts(
-            sizes,
-            np.zeros((n, num_layers, 2, 2, num_ranks), np.int32),
-            np.zeros((n, num_layers, 2, 2, num_ranks), np.int32),
-            np.zeros((n, num_layers, num_ranks), np.int32),
-            np.zeros((n, num_layers, num_ranks), np.int32),
-        )
-        if self._dispatch != "allgather":
-            kernels.transfers(
-                served,
-                weights,
-                home,
-                batch,
-                self._dispatch == "coherent",
-                self._deduplicate,
-                placement.ranks_per_node,
-                found.dispatch,
-                found.combine,
-            )
-        kernels.activate(
-            experts, served, batch, found.pairs, found.activated, self._last, self._stamp
-        )
-        self._stamp += n
-        return found
+def _batching(
+    trace: Trace,
+    home: NDArray[np.int32],
+    num_ranks: int,
+    batch_tokens: int,
+    tokens_per_rank: int | None,
+    mixed: bool,
+) -> Batching:
+    if tokens_per_rank is not None:
+        return equal_ranks(home, num_ranks, tokens_per_rank)
+    if mixed:
+        return equal_runs(trace, batch_tokens, "tokens taken round-robin over requests")
+    if trace.step is not None:
+        return recorded_passes(trace)
+    return equal_runs(trace, batch_tokens, "consecutive tokens")
 
 
 def _first_tokens(chunks: Iterable[Trace]) -> Trace:
@@ -229,16 +279,10 @@ def _first_tokens(chunks: Iterable[Trace]) -> Trace:
     return concatenate(kept)
 
 
-def _batches(trace: Trace, batch_tokens: int) -> tuple[NDArray[np.int64], NDArray[np.int64], str]:
-    """Tokens by batch [T], where each batch begins [N + 1], and how they were made.
-
-    An incomplete last batch is left out when there is another.
-    """
-    num_tokens = trace.num_tokens
-    if trace.step is not None:
-        order = np.argsort(trace.step, kind="stable")
-        sizes = np.unique(trace.step, return_counts=True)[1]
-        return order, np.concatenate(([0], np.cumsum(sizes))), "recorded forward passes"
-    num_batches = max(num_tokens // batch_tokens, min(1, num_tokens))
-    starts = np.minimum(np.arange(num_batches + 1) * batch_tokens, num_tokens)
-    return np.arange(num_tokens), starts, f"{batch_tokens} consecutive tokens"
+def _largest(waits: Times, names: tuple[str, ...] | list[str]) -> dict[str, Any] | None:
+    """The name that is waited for longest, and its share of all waiting; None if nothing is."""
+    whole = float(waits.sum())
+    if whole == 0:
+        return None
+    index = int(waits.argmax())
+    return {"name": names[index], "share": float(waits[index]) / whole}

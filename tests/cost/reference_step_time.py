@@ -12,7 +12,7 @@ from .reference import interleaved, tokens_of, walk
 
 def price(
     trace, placement, cluster, *, dispatch, dims, transport, policy="local", batch_tokens=256,
-    mixed=False,
+    mixed=False, tokens_per_rank=None, parts=1,
 ):  # fmt: skip
     """One dict of parts per batch."""
     tokens = tokens_of(trace)
@@ -20,34 +20,80 @@ def price(
         token["request"] % placement.num_ranks if token["home"] is None else token["home"]
         for token in tokens
     ]
-    if mixed:
+    if mixed or tokens_per_rank:
         order = interleaved([token["request"] for token in tokens])
         tokens, homes = [tokens[i] for i in order], [homes[i] for i in order]
-    if trace.step is not None and not mixed:
-        batches = [token["step"] for token in tokens]
-        wanted = sorted(set(batches))
-    else:
-        batches = [i // batch_tokens for i in range(len(tokens))]
-        wanted = list(range(max(1, len(tokens) // batch_tokens)))
+    members = batches_of(trace, homes, placement.num_ranks, batch_tokens, mixed, tokens_per_rank)
     model = "coherent" if dispatch == "coherent" else "alltoall"
-    walked = walk(tokens, placement, homes, batches, model, policy)
-    return [
-        price_batch(
-            [t for t in range(len(tokens)) if batches[t] == batch],
-            tokens, walked, placement, cluster, dispatch, dims, transport,
-        )
-        for batch in wanted
-    ]  # fmt: skip
+    priced = []
+    for batch in members:
+        steps = [
+            price_batch(part, tokens, homes, model, policy, placement, cluster, dispatch, dims,
+                        transport)
+            for part in cut(batch, homes, parts)
+        ]  # fmt: skip
+        total = {name: sum(step[0][name] for step in steps) for name in steps[0][0]}
+        total["total_us"] = total["kv_us"] + overlapped([step[1] for step in steps])
+        priced.append(total)
+    return priced
 
 
-def price_batch(members, tokens, walked, placement, cluster, dispatch, dims, transport):
+def batches_of(trace, homes, num_ranks, batch_tokens, mixed, tokens_per_rank):
+    everyone = list(range(len(homes)))
+    if tokens_per_rank:
+        queues = [[t for t in everyone if homes[t] == rank] for rank in range(num_ranks)]
+        members = []
+        while min(map(len, queues)) >= tokens_per_rank:
+            members.append([t for queue in queues for t in queue[:tokens_per_rank]])
+            queues = [queue[tokens_per_rank:] for queue in queues]
+        return members
+    if trace.step is not None and not mixed:
+        steps = trace.step.tolist()
+        return [[t for t in everyone if steps[t] == step] for step in sorted(set(steps))]
+    complete = max(1, len(homes) // batch_tokens)
+    return [everyone[i * batch_tokens : (i + 1) * batch_tokens] for i in range(complete)]
+
+
+def cut(batch, homes, parts):
+    """Parts of a batch: of every home's n tokens, token j goes to part j * parts // n."""
+    where = {}
+    for home in {homes[t] for t in batch}:
+        own = [t for t in batch if homes[t] == home]
+        where |= {t: j * parts // len(own) for j, t in enumerate(own)}
+    return [[t for t in batch if where[t] == part] for part in range(parts)]
+
+
+def overlapped(steps):
+    """End of a list schedule: one transfer and one computation at a time, parts in order."""
+    network = device = 0.0
+    done = [0.0] * len(steps)
+    for layer in range(len(steps[0])):
+        for name in ("dispatch", "compute", "combine"):
+            for i, step in enumerate(steps):
+                free = device if name == "compute" else network
+                done[i] = max(free, done[i]) + step[layer][name]
+                if name == "compute":
+                    device = done[i]
+                else:
+                    network = done[i]
+    return max(done)
+
+
+def price_batch(
+    members, all_tokens, homes, model, policy, placement, cluster, dispatch, dims, transport
+):
+    """Sums of the parts, and the times of every layer."""
+    tokens = [all_tokens[t] for t in members]
+    walked = walk(tokens, placement, [homes[t] for t in members], [0] * len(members), model, policy)
     total = defaultdict(float)
+    layers = []
     for l in range(placement.num_layers):  # noqa: E741
+        times = {}
         out, back = [], []
         pairs, used = defaultdict(int), defaultdict(set)
-        for t in members:
+        for t, token in enumerate(tokens):
             ranks = walked["served"][t][l]
-            chosen = tokens[t]["layers"][l]
+            chosen = token["layers"][l]
             for (expert, _), rank in zip(chosen, ranks, strict=True):
                 pairs[rank] += 1
                 used[rank].add(expert)
@@ -64,33 +110,57 @@ def price_batch(members, tokens, walked, placement, cluster, dispatch, dims, tra
             out.append(None)  # end of this token
             back.append(None)
         for part, messages, element in (
-            ("dispatch_us", out, transport.dispatch_element_bytes),
-            ("combine_us", back, transport.combine_element_bytes),
+            ("dispatch", out, transport.dispatch_element_bytes),
+            ("combine", back, transport.combine_element_bytes),
         ):
             size = dims.hidden_size * element
             if dispatch == "allgather":
                 wire, latency = all_gather(len(members) * size, cluster)
             else:
-                hops = route(messages, cluster, transport, inward=part == "combine_us")
+                hops = route(messages, cluster, transport, inward=part == "combine")
                 wire, latency = transfer(hops, size, cluster, transport)
-            total[part] += wire + latency
+            times[part] = wire + latency
+            total[f"{part}_us"] += wire + latency
             total["latency_us"] += latency
-        total["compute_us"] += max(
-            max(
-                pairs[rank] * dims.expert_flops_per_token / cluster.flops * 1e6,
-                len(used[rank]) * dims.expert_bytes / (cluster.hbm_gbps * 1e9) * 1e6,
-            )
+        work = [
+            work_of(rank, pairs[rank], len(used[rank]), cluster, dims)
             for rank in range(placement.num_ranks)
-        )
+        ]
+        busiest, even = max(work), sum(work) / len(work)
+        if cluster.ranks_at_full_speed:
+            per = cluster.ranks_per_node
+            hosts = [
+                sum(work[node * per : (node + 1) * per]) / cluster.ranks_at_full_speed
+                for node in range(cluster.num_nodes)
+            ]
+            busiest, even = max(busiest, *hosts), max(even, sum(hosts) / len(hosts))
+        times["compute"] = busiest
+        total["compute_us"] += busiest
+        total["imbalance_us"] += busiest - even
+        layers.append(times)
     total["kv_us"] = 0.0
     if dispatch == "coherent":
         wire, latency = all_gather(len(members) * transport.kv_bytes_per_token, cluster)
         total["kv_us"] = wire + latency
         total["latency_us"] += latency
-    total["total_us"] = sum(
-        total[part] for part in ("dispatch_us", "compute_us", "combine_us", "kv_us")
+    return dict(total), layers
+
+
+def figure(cluster, rank, name):
+    """A figure of one rank: its own, else the cluster's."""
+    for entry in cluster.rank_figures:
+        if rank in entry.ranks and getattr(entry, name) is not None:
+            return getattr(entry, name)
+    return getattr(cluster, name)
+
+
+def work_of(rank, pairs, experts, cluster, dims):
+    roofline = max(
+        pairs * dims.expert_flops_per_token / figure(cluster, rank, "flops") * 1e6,
+        experts * dims.expert_bytes / (figure(cluster, rank, "hbm_gbps") * 1e9) * 1e6,
     )
-    return dict(total)
+    fixed = cluster.compute_latency_us if pairs else 0.0
+    return fixed + experts * cluster.expert_latency_us + roofline
 
 
 def route(messages, cluster, transport, *, inward):
@@ -120,41 +190,94 @@ def route(messages, cluster, transport, *, inward):
 
 
 def transfer(hops, size, cluster, transport):
+    """Seconds on the most congested link, and latency; every link is a key of one dict."""
     per = cluster.ranks_per_node
-    sent, received = defaultdict(float), defaultdict(float)
-    links = set()
+    busy = defaultdict(float)  # link -> us
+    near_latency, far_latency = [], []
     for source, target in hops:
-        near = source // per == target // per
-        links.add("near" if near else "far")
-        shared = not near and cluster.inter_node_scope == "node"
-        sent[near, source // per if shared else source] += size
-        received[near, target // per if shared else target] += size
-    wire = 0.0
-    for table in (sent, received):
-        for (near, _), amount in table.items():
-            gbps = cluster.intra_node_gbps if near else cluster.inter_node_gbps
-            wire = max(wire, amount / (gbps * 1e9) * 1e6)
-    latencies = [
-        *([cluster.intra_node_latency_us] if "near" in links else []),
-        *([cluster.inter_node_latency_us] if "far" in links else []),
-    ]
-    if not latencies:
-        return wire, 0.0
-    return wire, sum(latencies) if transport.deduplicate_nodes else max(latencies)
+        from_node, to_node = source // per, target // per
+        near = from_node == to_node
+        if cluster.pair_gbps is not None:
+            time = size / (cluster.pair_gbps[source][target] * 1e9) * 1e6
+            busy["out", source] += time
+            busy["in", target] += time
+            latency = cluster.pair_latency_us[source][target]
+        else:
+            kind = "intra_node_gbps" if near else "inter_node_gbps"
+            latency = cluster.intra_node_latency_us if near else cluster.inter_node_latency_us
+            shared = not near and cluster.inter_node_scope == "node"
+            for way, rank in (("out", source), ("in", target)):
+                owner = rank // per if shared else rank
+                busy[way, kind, owner] += size / (figure(cluster, rank, kind) * 1e9) * 1e6
+        if near and cluster.intra_node_shared_gbps:
+            busy["bus", from_node] += size / (cluster.intra_node_shared_gbps * 1e9) * 1e6
+        if cluster.network:
+            from_leaf, to_leaf = (
+                node // cluster.network.nodes_per_leaf for node in (from_node, to_node)
+            )
+            if from_leaf != to_leaf:
+                busy["up", from_leaf] += size / (uplink(cluster, from_leaf) * 1e9) * 1e6
+                busy["down", to_leaf] += size / (uplink(cluster, to_leaf) * 1e9) * 1e6
+        (near_latency if near else far_latency).append(latency)
+    if not busy:
+        return 0.0, 0.0
+    near, far = max(near_latency, default=0.0), max(far_latency, default=0.0)
+    if any(link[0] == "up" for link in busy):
+        far += cluster.network.spine_latency_us
+    latency = near + far if transport.deduplicate_nodes else max(near, far)
+    return max(busy.values()), latency + cluster.peer_latency_us * (cluster.num_ranks - 1)
+
+
+def nodes_below(cluster, leaf):
+    per = cluster.network.nodes_per_leaf
+    return [node for node in range(cluster.num_nodes) if node // per == leaf]
+
+
+def uplink(cluster, leaf):
+    """GB/s of a leaf's links to the spine."""
+    per = cluster.ranks_per_node
+    total = 0.0
+    for node in nodes_below(cluster, leaf):
+        if cluster.inter_node_scope == "node":
+            total += cluster.inter_node_gbps
+        else:
+            ranks = range(node * per, (node + 1) * per)
+            total += sum(figure(cluster, rank, "inter_node_gbps") for rank in ranks)
+    return total / cluster.network.oversubscription
 
 
 def all_gather(total, cluster):
     if not total:
         return 0.0, 0.0
     per, nodes = cluster.ranks_per_node, cluster.num_nodes
+    ranks = per * nodes
     network = total * (nodes - 1) / nodes / per
-    fast = total - total / (per * nodes) - network
-    crowd = per if cluster.inter_node_scope == "node" else 1
-    wire = max(
-        network * crowd / (cluster.inter_node_gbps * 1e9) * 1e6,
-        fast / (cluster.intra_node_gbps * 1e9) * 1e6,
-    )
-    latency = (cluster.intra_node_latency_us if per > 1 else 0.0) + (
-        cluster.inter_node_latency_us if nodes > 1 else 0.0
-    )
-    return wire, latency
+    fast = total - total / ranks - network
+    times = []
+    if cluster.pair_gbps is not None:
+        rates = cluster.pair_gbps
+        for rank in range(ranks):
+            others = [other for other in range(ranks) if other != rank]
+            times.append(sum(total / ranks / (rates[rank][other] * 1e3) for other in others))
+            times.append(sum(total / ranks / (rates[other][rank] * 1e3) for other in others))
+        latency = max(
+            (cluster.pair_latency_us[i][j] for i in range(ranks) for j in range(ranks) if i != j),
+            default=0.0,
+        )
+    else:
+        crowd = per if cluster.inter_node_scope == "node" else 1
+        for rank in range(ranks):
+            times.append(network * crowd / (figure(cluster, rank, "inter_node_gbps") * 1e3))
+            times.append(fast / (figure(cluster, rank, "intra_node_gbps") * 1e3))
+        latency = (cluster.intra_node_latency_us if per > 1 else 0.0) + (
+            cluster.inter_node_latency_us if nodes > 1 else 0.0
+        )
+    if cluster.intra_node_shared_gbps:
+        times.append(fast * per / (cluster.intra_node_shared_gbps * 1e3))
+    if cluster.network and nodes > cluster.network.nodes_per_leaf:
+        for leaf in range(-(-nodes // cluster.network.nodes_per_leaf)):
+            below = len(nodes_below(cluster, leaf))
+            incoming = total * (nodes - below) / nodes * below
+            times.append(incoming / (uplink(cluster, leaf) * 1e3))
+        latency += cluster.network.spine_latency_us
+    return max(times), latency + cluster.peer_latency_us * (ranks - 1)

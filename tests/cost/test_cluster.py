@@ -74,7 +74,7 @@ def test_optional_figures_may_be_left_out(tmp_path):
         ("", "", "does not exist", ""),
         ("num_nodes = 2", "num_nodes = ", "is not valid TOML", ""),
         ('"placer.cluster"', '"placer.plan"', "not a cluster file", "must begin with format"),
-        ("schema_version = 1", "schema_version = 2", "schema_version 2, this placer reads 1", ""),
+        ("schema_version = 1", "schema_version = 3", "schema_version 3, this placer reads 1", ""),
         ("schema_version = 1", "schema_version = true", "schema_version True", ""),
         ("schema_version = 1\n", "", "schema_version None", ""),
         ("intra_node_gbps", "intra_nod_gbps", "unknown key 'intra_nod_gbps'",

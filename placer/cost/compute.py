@@ -1,0 +1,63 @@
+"""Time of the experts' computation: a roofline per rank, hosts whose ranks share cores.
+
+Formulas in docs/cost-model.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from placer.cluster import Cluster
+from placer.trace.model import ModelDims
+
+Times = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Computed:
+    """Computation of n batches in L layers.
+
+    Attributes:
+        time_us: [n, L] when the last rank is done.
+        balanced_us: [n, L] the same if every rank had the mean of the ranks' work.
+        rank: [n, L] the rank with the most work.
+    """
+
+    time_us: Times
+    balanced_us: Times
+    rank: NDArray[np.intp]
+
+
+def compute_time(
+    cluster: Cluster,
+    dims: ModelDims,
+    pairs: NDArray[np.int32],
+    activated: NDArray[np.int32],
+) -> Computed:
+    """Roofline time of pairs [n, L, G] on activated [n, L, G] distinct experts.
+
+    Work of a rank = fixed cost + cost per expert used + the larger of FLOPs / peak and bytes of the
+    experts used / memory bandwidth. Where more ranks of a node work than can do so at full speed,
+    the node needs the sum of their work / ranks at full speed.
+    """
+    flops, hbm = cluster.of_ranks("flops"), cluster.of_ranks("hbm_gbps")
+    assert flops is not None
+    assert hbm is not None
+    flop_us = float(dims.expert_flops_per_token or 0) / flops * 1e6  # [G]
+    read_us = float(dims.expert_bytes or 0) / (hbm * 1e3)
+    work = np.maximum(pairs * flop_us, activated * read_us)
+    if cluster.expert_latency_us:
+        work += activated * cluster.expert_latency_us
+    if cluster.compute_latency_us:
+        work += (pairs > 0) * cluster.compute_latency_us
+    time = work.max(axis=2)
+    balanced = work.mean(axis=2)
+    speed = cluster.ranks_at_full_speed
+    if speed is not None:
+        of_nodes = work.reshape(*work.shape[:2], cluster.num_nodes, -1).sum(axis=3) / speed
+        time = np.maximum(time, of_nodes.max(axis=2))
+        balanced = np.maximum(balanced, of_nodes.mean(axis=2))
+    return Computed(time, balanced, work.argmax(axis=2))
