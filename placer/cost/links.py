@@ -186,9 +186,8 @@ class Links:
         """[leaves] microseconds of a byte on a leaf's links to the spine."""
         network = self._cluster.network
         assert network is not None
-        below = np.bincount(self._leaf_of_node, weights=self._node_gbps)
-        per_byte: Times = network.oversubscription / (below * 1e3)
-        return per_byte
+        below: Times = np.bincount(self._leaf_of_node, weights=self._node_gbps).astype(np.float64)
+        return network.oversubscription / (below * 1e3)
 
     def _latency(
         self, states: NDArray[np.int32], pairs: NDArray[np.int32] | None, in_turn: bool
