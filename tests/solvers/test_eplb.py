@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from solvers import Problem, solve
 from solvers.check import check
-from solvers.eplb import balance, pack, replicate
+from solvers.packing import pack, replicate
+from solvers.published.eplb import balance
 
 # the example of DeepSeek's README
 LOAD = np.array(

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from solver_cases import make_problem, topic_tokens
 
-from solvers import Budget, Problem, exflow, solve
+from solvers import Budget, Problem, solve
 from solvers.binary_program import BinaryProgram
 from solvers.binary_program import solve as solve_program
 from solvers.check import check
+from solvers.published import exflow
 
 
 def problem_of(flow, num_ranks, slots_per_rank, ranks_per_node=None):

@@ -1,0 +1,182 @@
+"""Who is dominated by whom: every method against placer's local search under several caps.
+
+    python benchmarks/published.py --trace FILE --gpus 4 8 16 --nodes 1 2 --spare 0 1
+
+Every method is fitted to one half of the requests of the traces (by default the canned ones) and
+judged by replay of the other half, for each number of ranks, nodes and redundant slots per rank.
+Traffic is messages per token and layer, those between nodes at their price. A plan dominates
+another that is no better in traffic or imbalance, and worse in one of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+import solvers
+from placer.errors import PlacerError
+from placer.evaluation import evaluate
+from placer.planning import (
+    CAPPED_SOLVERS,
+    Parts,
+    Settings,
+    build_problem,
+    open_traces,
+    placement_of,
+    run_solver,
+    split_sources,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+CAPS = (1.02, 1.05, 1.10, 1.20, 1.50, None)
+BATCH_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Point:
+    """One plan and its held-out figures.
+
+    Attributes:
+        name: the method, or placer's with its cap.
+        mine: whether placer made it.
+        messages, node_messages: per token and layer, between ranks and between nodes.
+        traffic: what both cost.
+        imbalance, batch_imbalance: max / mean rank load, of all tokens and within batches.
+        seconds: processor time of the solver.
+    """
+
+    name: str
+    mine: bool
+    messages: float
+    node_messages: float
+    traffic: float
+    imbalance: float
+    batch_imbalance: float
+    seconds: float
+
+    def dominates(self, other: Point) -> bool:
+        """Whether nothing about this plan is worse and something is better."""
+        return (
+            self.traffic <= other.traffic
+            and self.imbalance <= other.imbalance
+            and (self.traffic, self.imbalance) != (other.traffic, other.imbalance)
+        )
+
+
+def measure(
+    parts: Parts, settings: Settings, methods: Sequence[str], caps: Sequence[float | None]
+) -> Iterator[Point]:
+    """Fit and judge every method, and the local search under every cap."""
+    problem = build_problem(parts.fit, settings, lambda _: None)
+    if problem.batch is None and problem.tokens is not None:
+        batch = np.arange(len(problem.tokens)) // BATCH_TOKENS
+        problem = replace(problem, batch=batch)
+    runs: list[tuple[str, float | None, str]] = [(name, None, name) for name in methods]
+    runs += [("local_search", cap, f"placer, cap {cap or 'none'}") for cap in caps]
+    for solver, cap, label in runs:
+        started = time.process_time()
+        try:
+            asked = replace(settings, solver=solver)
+            result = run_solver(replace(problem, max_imbalance=cap), asked)
+        except PlacerError as error:
+            print(f"{label}: {error.message}", flush=True)
+            continue
+        seconds = time.process_time() - started
+        figures = evaluate(
+            placement_of(problem, result),
+            {},
+            parts.judge,
+            scope=parts.scope,
+            dispatch=settings.dispatch,
+            batch_tokens=BATCH_TOKENS,
+            num_resamples=0,
+        ).metrics
+        messages = figures[f"messages_{settings.dispatch}"]["value"]
+        crossing = figures.get(f"node_messages_{settings.dispatch}", {"value": 0.0})["value"]
+        yield Point(
+            name=label,
+            mine=solver == "local_search",
+            messages=messages,
+            node_messages=crossing,
+            traffic=messages + problem.node_weight * crossing,
+            imbalance=figures["imbalance"]["value"],
+            batch_imbalance=figures["imbalance_batches_mean"]["value"],
+            seconds=seconds,
+        )
+
+
+def table(points: Sequence[Point]) -> str:
+    """A line per plan, with the plans that it dominates and those that dominate it."""
+    lines = [
+        f"{'method':26}{'messages':>9}{'nodes':>7}{'traffic':>8}{'imbal.':>8}{'batches':>8}"
+        f"{'cpu s':>7}  dominated by / dominates"
+    ]
+    for point in points:
+        others = [p for p in points if p.mine != point.mine]
+        above = [p.name for p in others if p.dominates(point)]
+        below = [p.name for p in others if point.dominates(p)]
+        said = f"by {_short(above)}" if above else "by none" if not point.mine else ""
+        if below and not point.mine:
+            said += f"; BETTER THAN {_short(below)}"
+        lines.append(
+            f"{point.name:26}{point.messages:9.3f}{point.node_messages:7.3f}{point.traffic:8.3f}"
+            f"{point.imbalance:8.3f}{point.batch_imbalance:8.3f}{point.seconds:7.1f}  {said}"
+        )
+    return "\n".join(lines)
+
+
+def _short(names: Sequence[str]) -> str:
+    return ", ".join(name.removeprefix("placer, ") for name in names)
+
+
+def published() -> list[str]:
+    """The methods that are not placer's."""
+    return [name for name in solvers.names() if name not in CAPPED_SOLVERS]
+
+
+def main() -> None:
+    """Measure and print, instance by instance."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--trace", type=Path, nargs="*", help="default: the canned traces")
+    parser.add_argument("--gpus", type=int, nargs="+", default=[8])
+    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--spare", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--solvers", help="comma-separated; default: all that are not placer's")
+    parser.add_argument("--dispatch", default="alltoall", choices=("alltoall", "coherent"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--time-limit", type=float, help="seconds for each solver")
+    parser.add_argument("--json", type=Path, help="append a line per plan to this file")
+    options = parser.parse_args()
+    traces = options.trace or sorted(p for p in (ROOT / "traces").iterdir() if p.is_dir())
+    methods = options.solvers.split(",") if options.solvers else published()
+    sources = open_traces(traces)
+    num_experts = sources[0].num_experts
+    for gpus, nodes, spare in itertools.product(options.gpus, options.nodes, options.spare):
+        settings = Settings(
+            num_ranks=gpus,
+            num_nodes=nodes,
+            slots_per_rank=-(-num_experts // gpus) + spare,
+            dispatch=options.dispatch,
+            seed=options.seed,
+            time_limit_s=options.time_limit,
+        )
+        parts = split_sources(sources, settings)
+        instance = f"{gpus} ranks, {nodes} nodes, {settings.slots_per_rank} slots per rank"
+        points = []
+        for point in measure(parts, settings, methods, CAPS):
+            points.append(point)
+            if options.json:
+                with options.json.open("a") as file:
+                    file.write(json.dumps({"instance": instance, **asdict(point)}) + "\n")
+        print(f"\n{instance}; {parts.scope}, {options.dispatch}\n{table(points)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Placement methods from papers and serving engines, one file each, written anew."""
