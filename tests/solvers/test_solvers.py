@@ -43,6 +43,7 @@ def test_every_solver_copes_with_every_shape_and_repeats_itself(solver, shape):
         slots,
         ranks_per_node=ranks_per_node,
         home=np.arange(60) % num_ranks,
+        batch=np.arange(60) // 12,
         primary=tokens[:, :, 0],
     )
     first, second = solve(problem, solver, seed=4), solve(problem, solver, seed=4)
