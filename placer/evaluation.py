@@ -35,7 +35,7 @@ class Evaluation:
     requests: int
     tokens: int
     dispatch: Dispatch
-    replica_policy: str
+    replica_policy: ReplicaPolicy
     home: str
     metrics: dict[str, Any]
     baselines: dict[str, dict[str, Any]]

@@ -19,6 +19,7 @@ from placer.errors import InfeasibleError, PlacerError, TimeLimitError, UsageErr
 from placer.evaluation import evaluate, homes_fit
 from placer.placement import Placement, contiguous_like
 from placer.plan import Dispatch, Plan
+from placer.timing import TimingOptions, dims_for, step_times
 from placer.trace.concat import concatenate as concatenate_sources
 from placer.trace.model import ModelDims, Trace
 from placer.trace.rounds import one_row_per_layer
@@ -59,6 +60,8 @@ class Settings:
         node_weight: what a message between nodes costs more than one inside a node; None = by the
             cluster's bandwidths, or DEFAULT_NODE_WEIGHT without a cluster.
         cluster: preset or TOML file of the cluster; None = unknown.
+        model: preset or checkpoint whose dimensions count; None = those of the trace.
+        kv_tokens, reserve: see `placer.models.memory_of`; with `model` and `cluster`.
         replica_policy: how a token chooses among copies when the plan is judged.
     """
 
@@ -78,6 +81,9 @@ class Settings:
     profile_tokens: int = PROFILE_TOKENS
     node_weight: float | None = None
     cluster: str | None = None
+    model: str | None = None
+    kv_tokens: int = 0
+    reserve: float = 0.1
     replica_policy: ReplicaPolicy = "local"
 
 
@@ -287,14 +293,10 @@ def build_problem(source: TraceSource, settings: Settings, progress: Progress) -
         )
     slots = slots_needed(source.num_experts, settings.num_ranks, settings.slots_per_rank)
     cluster = cluster_of(settings)
-    if cluster is not None and source.model.expert_bytes is not None:
-        fits(
-            cluster,
-            num_layers=source.num_layers,
-            slots_per_rank=slots,
-            expert_bytes=source.model.expert_bytes,
-        )
-    node_weight, load_us, message_us = prices(settings, cluster, source.model)
+    dims, _ = dims_for(settings.model, source)
+    if cluster is not None:
+        refuse_too_little_memory(settings, cluster, dims, source.num_layers, slots)
+    node_weight, load_us, message_us = prices(settings, cluster, dims)
     progress("counting load, co-activation and affinity")
     counts = count_chunks(source.chunks())
     progress("sampling tokens for the exact objective")
@@ -319,6 +321,22 @@ def build_problem(source: TraceSource, settings: Settings, progress: Progress) -
         latency_load_us=load_us,
         latency_message_us=message_us,
     )
+
+
+def refuse_too_little_memory(
+    settings: Settings, cluster: Cluster, dims: ModelDims, num_layers: int, slots: int
+) -> None:
+    """Raise InfeasibleError when a rank cannot hold its slots.
+
+    With a named model everything counts (`placer.models.check_memory`), else only the experts.
+    """
+    if settings.model is not None:
+        from placer.models import check_memory, load_shape
+
+        shape = load_shape(settings.model)
+        check_memory(shape, cluster, slots, kv_tokens=settings.kv_tokens, reserve=settings.reserve)
+    elif dims.expert_bytes is not None:
+        fits(cluster, num_layers=num_layers, slots_per_rank=slots, expert_bytes=dims.expert_bytes)
 
 
 def check_solver(name: str) -> None:
@@ -426,9 +444,10 @@ def plan_of_result(
     return Plan(
         placement=placement,
         layer_ids=tuple(int(i) for i in np.unique(parts.fit.layer_ids)),
-        model=parts.fit.model,
+        model=dims_for(settings.model, parts.fit)[0],
         dispatch=settings.dispatch,
-        prediction=evaluation.to_document() | step_times(placement, baseline, parts, settings),
+        prediction=evaluation.to_document()
+        | modelled_step_times(placement, baseline, parts, settings),
         certificate={
             "scope": "fit",
             "objective": settings.objective,
@@ -458,27 +477,22 @@ def plan_of_result(
     )
 
 
-def step_times(
+def modelled_step_times(
     placement: Placement, baseline: Placement, parts: Parts, settings: Settings
 ) -> dict[str, Any]:
     """Modelled step time of the plan and of the baseline; nothing without a cluster."""
-    from placer.cost import step_time
-
-    cluster = cluster_of(settings)
-    if cluster is None:
+    if settings.cluster is None:
         return {}
-    modelled = {
-        name: step_time(
-            parts.judge.chunks(),
-            which.for_rounds(parts.judge.layer_ids),
-            cluster,
+    options = TimingOptions(cluster=settings.cluster, model=settings.model)
+    return {
+        "step_time": step_times(
+            {"plan": placement, "contiguous": baseline},
+            parts.judge,
+            options,
             dispatch=settings.dispatch,
             replica_policy=settings.replica_policy,
-            ignore_home=not homes_fit(parts.judge, settings.num_ranks),
-        ).summary()
-        for name, which in (("plan", placement), ("contiguous", baseline))
+        )
     }
-    return {"step_time": {"cluster": cluster.name, **modelled}}
 
 
 def versions() -> dict[str, str]:

@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "files", "placement"),
     ("trace", "cluster"),
-    ("plan", "plan_schema", "cost", "affinity", "tracer"),
-    ("baselines", "evaluation", "planning", "comparison"),
+    ("plan", "plan_schema", "cost", "affinity", "tracer", "models"),
+    ("baselines", "evaluation", "planning", "comparison", "timing"),
     ("studies",),
     ("report", "runtime", "engines"),
     ("demo",),

@@ -80,12 +80,13 @@ def _register() -> None:
         evaluate,
         importing,
         inspecting,
+        model,
         solve,
         tracing,
     )
 
     for module in (
-        demo, tracing, importing, inspecting, analyze, solve, evaluate, compare, doctor,
+        demo, tracing, importing, inspecting, analyze, solve, evaluate, compare, model, doctor,
     ):  # fmt: skip
         module.register(app)
 

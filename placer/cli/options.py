@@ -101,6 +101,23 @@ ClusterName = Annotated[
         help="A preset (h100-nvl8, ...) or a TOML file: memory is checked, step time modelled.",
     ),
 ]
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="NAME|DIR",
+        help="A model preset (deepseek-v3, ...) or a checkpoint's folder: its dimensions count "
+        "instead of the trace's; all weights and KV are checked against memory.",
+    ),
+]
+KvTokens = Annotated[
+    int,
+    typer.Option("--kv-tokens", min=0, help="Tokens whose keys and values a rank keeps at once."),
+]
+Reserve = Annotated[
+    float,
+    typer.Option("--reserve", help="Share of a rank's memory that weights and KV cannot have."),
+]
 ReplicaPolicy = Annotated[
     ReplicaPolicyName,
     typer.Option("--replica-policy", help="Which copy of an expert serves a token."),

@@ -36,6 +36,9 @@ def solve(
     in_sample: options.InSample = False,
     node_weight: options.NodeWeight = None,
     cluster: options.ClusterName = None,
+    model: options.ModelName = None,
+    kv_tokens: options.KvTokens = 0,
+    reserve: options.Reserve = 0.1,
     replica_policy: options.ReplicaPolicy = options.ReplicaPolicyName.local,
     force: options.Force = False,
     json_output: options.JsonOutput = False,
@@ -46,6 +49,7 @@ def solve(
 
     Example: placer solve trace --gpus 8 --max-imbalance 1.10 -o plan.json
     """
+    from placer.errors import UsageError
     from placer.files import check_output_file
     from placer.plan import write_plan
     from placer.planning import Settings, make_plan, open_traces
@@ -54,6 +58,8 @@ def solve(
     from solvers import capped_imbalance
 
     check_output_file(output, force)
+    if model is None and kv_tokens:
+        raise UsageError("--kv-tokens needs to know the model", "--model deepseek-v3")
     settings = Settings(
         num_ranks=gpus,
         num_nodes=nodes,
@@ -70,6 +76,9 @@ def solve(
         in_sample=in_sample,
         node_weight=node_weight,
         cluster=cluster,
+        model=model,
+        kv_tokens=kv_tokens,
+        reserve=reserve,
         replica_policy=replica_policy.value,
     )
     with progress_status() as progress:

@@ -9,6 +9,7 @@ from rich.console import RenderableType
 from rich.markup import escape
 
 from placer.report.tables import certificate_line, evaluation_table
+from placer.report.timing import timing_table
 
 
 def plan_summary(document: Mapping[str, Any]) -> list[RenderableType]:
@@ -26,22 +27,10 @@ def plan_summary(document: Mapping[str, Any]) -> list[RenderableType]:
     if prediction:
         lines += evaluation_table(prediction)
         if "step_time" in prediction:
-            lines.append(step_time_line(prediction["step_time"]))
+            lines += timing_table(prediction["step_time"])
     if certificate:
         seconds = document["timings"].get("solve_s")
         solver = document["provenance"].get("solver", "unknown solver")
         took = "" if seconds is None else f" ({solver}, {seconds:.1f} s)"
         lines.append(certificate_line(certificate) + took)
     return lines
-
-
-def step_time_line(document: Mapping[str, Any]) -> str:
-    """Modelled step time of a plan beside the contiguous placement."""
-    ours, theirs = document["plan"], document["contiguous"]
-    if ours["total_us"] is None:
-        return f"step time on {document['cluster']}: unknown without {', '.join(ours['missing'])}"
-    change = ours["total_us"] / theirs["total_us"] - 1
-    return (
-        f"modelled step time on {document['cluster']}: {ours['total_us']:.1f} us a batch "
-        f"({ours['batches']}), contiguous {theirs['total_us']:.1f} us, {100 * change:+.1f} %"
-    )

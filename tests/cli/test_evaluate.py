@@ -301,3 +301,32 @@ def test_a_missing_file_is_named(trace_folder, plan_path, tmp_path, order):
     arguments = [none, trace_folder] if order == "plan first" else [plan_path, none]
     error = fails(5, tmp_path, "evaluate", *arguments, hint=order == "trace first")
     assert f"{none} does not exist" in error
+
+
+def test_a_cluster_adds_modelled_step_times(trace_folder, plan_path):
+    options = ("--cluster", "h100-nvl8", "--resamples", 0)
+    document = succeeds("evaluate", plan_path, trace_folder, *options, "--json").document()
+    times = document["step_time"]
+    assert times["cluster"] == "h100-nvl8"
+    for name in ("plan", "contiguous"):
+        assert times[name]["modelled"] is True
+        assert 0 < times[name]["total_us_p50"] <= times[name]["total_us_p99"]
+        shares = {k: v for k, v in times[name]["shares"].items() if k != "hidden"}
+        assert sum(shares.values()) == pytest.approx(1)
+    prediction = json.loads(plan_path.read_text())["prediction"]
+    assert document | {"step_time": None} == prediction | {
+        "step_time": None, "metrics": document["metrics"], "baselines": document["baselines"],
+        "change": document["change"],
+    }  # fmt: skip
+    text = succeeds("evaluate", plan_path, trace_folder, *options, "--all-requests", "--tokens-per-rank", 2,
+                    "--micro-batches", 2).stdout  # fmt: skip
+    assert "2 tokens per rank" in text
+    assert "hidden" in text
+
+
+def test_options_of_the_step_time_need_a_cluster(trace_folder, plan_path, tmp_path):
+    base = ("evaluate", plan_path, trace_folder)
+    for options in (("--micro-batches", 2), ("--tokens-per-rank", 2), ("--model", "deepseek-v3")):
+        assert "needs a cluster" in fails(2, tmp_path, *base, *options)
+    error = fails(2, tmp_path, *base, "--cluster", "h100-nvl8", "--model", "deepseek-v3")
+    assert "58 MoE layers of 256 experts" in error
