@@ -318,8 +318,8 @@ def test_a_cluster_adds_modelled_step_times(trace_folder, plan_path):
         "step_time": None, "metrics": document["metrics"], "baselines": document["baselines"],
         "change": document["change"],
     }  # fmt: skip
-    text = succeeds("evaluate", plan_path, trace_folder, *options, "--all-requests", "--tokens-per-rank", 2,
-                    "--micro-batches", 2).stdout  # fmt: skip
+    options += ("--all-requests", "--tokens-per-rank", 2, "--micro-batches", 2)
+    text = succeeds("evaluate", plan_path, trace_folder, *options).stdout
     assert "2 tokens per rank" in text
     assert "hidden" in text
 
