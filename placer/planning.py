@@ -343,9 +343,11 @@ def check_solver(name: str) -> None:
     """Raise UsageError when no solver is called `name`."""
     import solvers
 
-    known = solvers.names()
-    if name not in known:
-        raise UsageError(f"no solver is called {name!r}", f"there are {', '.join(known)}")
+    try:
+        solvers.get(name)
+    except ValueError as error:
+        what, _, known = str(error).partition("; ")
+        raise UsageError(what, known) from None
 
 
 def run_solver(problem: Problem, settings: Settings, budget: Budget | None = None) -> Result:

@@ -1,17 +1,21 @@
-"""The solvers by name. A solver registers itself; adding one touches no other file."""
+"""The solvers by name. A solver registers itself; adding one touches no other file.
+
+A solver with an integer program says which back ends can solve it; `exflow:scip` is `exflow` with
+SCIP, and `exflow` alone is with the first of its back ends.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from solvers.budget import Budget
-from solvers.problem import Problem
 from solvers.result import Solution
 
-SolverFunction = Callable[[Problem, int, Budget], Solution]
+SolverFunction = Callable[..., Solution]
+"""(problem, seed, budget), and where there are back ends, backend."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Solver:
         replicates: whether it fills redundant slots with replicas.
         deterministic: same seed, same placement, whatever the machine's speed, as long as no time
             limit cuts it short.
+        backends: what can solve its integer program, the default first.
     """
 
     name: str
@@ -36,6 +41,7 @@ class Solver:
     needs: tuple[str, ...] = ()
     replicates: bool = False
     deterministic: bool = True
+    backends: tuple[str, ...] = ()
 
 
 _SOLVERS: dict[str, Solver] = {}
@@ -48,12 +54,18 @@ def register(
     needs: tuple[str, ...] = (),
     replicates: bool = False,
     deterministic: bool = True,
+    backends: tuple[str, ...] = (),
 ) -> Callable[[SolverFunction], SolverFunction]:
-    """Decorator: make a function `(problem, seed, budget) -> Solution` known under `name`."""
+    """Decorator: make a function `(problem, seed, budget) -> Solution` known under `name`.
+
+    With back ends the function takes one of them as `backend` too.
+    """
 
     def decorate(function: SolverFunction) -> SolverFunction:
         summary = (function.__doc__ or "").strip().splitlines()[0]
-        _SOLVERS[name] = Solver(name, function, summary, source, needs, replicates, deterministic)
+        _SOLVERS[name] = Solver(
+            name, function, summary, source, needs, replicates, deterministic, backends
+        )
         return function
 
     return decorate
@@ -73,8 +85,23 @@ def names() -> list[str]:
 
 
 def get(name: str) -> Solver:
-    """The solver called `name`; ValueError with the known names otherwise."""
+    """The solver called `name`, or `name:backend`; ValueError with what there is otherwise.
+
+    Only the default back end may be deterministic.
+    """
     _load_all()
-    if name not in _SOLVERS:
-        raise ValueError(f"no solver is called {name!r}; there are {', '.join(sorted(_SOLVERS))}")
-    return _SOLVERS[name]
+    base, _, backend = name.partition(":")
+    if base not in _SOLVERS:
+        raise ValueError(f"no solver is called {base!r}; there are {', '.join(sorted(_SOLVERS))}")
+    solver = _SOLVERS[base]
+    if base == name:
+        return solver
+    if backend not in solver.backends:
+        known = ", ".join(f"{base}:{other}" for other in solver.backends) or f"{base} alone"
+        raise ValueError(f"solver {base!r} has no back end {backend!r}; there are {known}")
+    return replace(
+        solver,
+        name=name,
+        function=functools.partial(solver.function, backend=backend),
+        deterministic=solver.deterministic and backend == solver.backends[0],
+    )

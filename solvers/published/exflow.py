@@ -16,86 +16,170 @@ and a linear relaxation that proves nothing; this one has neither fault.
     (3)  sum_v s_uv = E/G           u and v of neighbouring layers: each rank goes on
     s_uv binary
 
-With several nodes, two stages as in the paper: experts to nodes, then those of a node to its ranks.
+Solvers: the paper is about top-1 models, and its program takes the one expert of a token in a
+layer. `exflow_top1` is that: it looks at the primary experts alone. The others take all of a
+token's experts, each pair of consecutive ones in equal shares (`Problem.affinity`).
+
+- `exflow`, `exflow_top1`: with several nodes two stages, experts to nodes, then those of a node to
+  its ranks, as in the paper.
+- `exflow_one_stage`: to the ranks at once, whatever their nodes.
+- `exflow_bisection`: into halves of the ranks again and again, what the published code does by
+  default (`use_bipart`); here for any number of ranks.
 
 Method: `solvers.chain` finds a placement (seconds, near the optimum); the integer program improves
-it or proves it optimal where E <= 16 and G divides E; CP-SAT runs on one thread for a fixed
-amount of work. Beyond that size the placement of `solvers.chain` is the answer. Where G does not
-divide E, the first E mod G ranks get one expert more in every layer.
+it or proves it optimal where E <= 16 and G divides E, within a fixed amount of work. Beyond that
+size the placement of `solvers.chain` is the answer. Where G does not divide E, the first E mod G
+ranks get one expert more in every layer. The published code stops Gurobi after a minute for each
+program, so its placements are no better than these.
 
 Complexity: the program has O(L E^2) variables and O(L E^3) constraints; NP-hard.
-Guarantee: without redundant slots and on one node, lower_bound is proven for cross_rank_fraction:
-from the integer program where it ran, else from `solvers.bounds`.
+Guarantee: lower_bound is proven for cross_rank_fraction (but for `exflow_top1`): from the integer
+program where it placed the ranks at once and there are no redundant slots, else from
+`solvers.bounds`.
 
 Source: Yao et al., Exploiting Inter-Layer Expert Affinity for Accelerating Mixture-of-Experts Model
-Inference, arXiv 2401.08383, section IV; its published code solves the program with Gurobi under a
-time limit, for numbers of ranks that are powers of two.
+Inference, arXiv 2401.08383, section IV; its code, github.com/YJHMITWEB/ExFlow, solve_affinity.py,
+solves the program with Gurobi under a time limit, for numbers of ranks that are powers of two.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from solvers.binary_program import Backend, BinaryProgram, solve
 from solvers.bounds import kept_flow_bound, to_integers
 from solvers.budget import Budget
 from solvers.chain import Ranks, effort_for, keep_flow, kept_flow
 from solvers.contiguous import contiguous, fill
+from solvers.integer_program import BACKENDS, Backend, IntegerProgram, Point, solve
 from solvers.problem import Problem
 from solvers.registry import register
 from solvers.result import Solution, Termination
 
 MAX_EXPERTS = 16
-MAX_IMPLICATIONS: dict[Backend, int] = {"cp_sat": 200_000, "cbc": 11_000}
+MAX_IMPLICATIONS: dict[Backend, int] = {
+    "cp_sat": 200_000,
+    "highs": 11_000,
+    "scip": 11_000,
+    "cbc": 11_000,
+}
 EFFORT = 10.0
 _SOURCE = "ExFlow (arXiv 2401.08383)"
 
+Split = Callable[[Sequence[int]], list[Sequence[int]]]
+"""Ranks into the parts that a stage tells apart."""
 
-@register("exflow", source=_SOURCE, needs=("affinity",))
-def exflow(problem: Problem, seed: int, budget: Budget) -> Solution:
-    """Keep inter-layer affinity on a rank, equally many experts on each; OR-tools' CP-SAT.
+
+@register("exflow", source=_SOURCE, needs=("affinity",), backends=BACKENDS)
+def exflow(problem: Problem, seed: int, budget: Budget, backend: Backend = "cp_sat") -> Solution:
+    """Keep inter-layer affinity on a node, then on a rank, equally many experts on each.
 
     Sees neither load nor co-activation.
     """
-    return _solve(problem, seed, budget, "cp_sat")
+    assert problem.affinity is not None
+    return _solve(problem, problem.affinity, _by_node(problem), seed, budget, backend)
 
 
 @register("exflow_pulp", source=_SOURCE, needs=("affinity",), deterministic=False)
 def exflow_pulp(problem: Problem, seed: int, budget: Budget) -> Solution:
-    """The program of `exflow`, solved by CBC through PuLP: slower, a second opinion.
-
-    Sees neither load nor co-activation. CBC stops after 30 seconds, so that a large program may end
-    differently on another machine.
-    """
-    return _solve(problem, seed, budget, "cbc")
+    """The same as `exflow:cbc`: CBC through PuLP."""
+    return exflow(problem, seed, budget, "cbc")
 
 
-def _solve(problem: Problem, seed: int, budget: Budget, backend: Backend) -> Solution:
+@register("exflow_one_stage", source=_SOURCE, needs=("affinity",), backends=BACKENDS)
+def exflow_one_stage(
+    problem: Problem, seed: int, budget: Budget, backend: Backend = "cp_sat"
+) -> Solution:
+    """Keep inter-layer affinity on a rank, whatever its node."""
     assert problem.affinity is not None
+    return _solve(problem, problem.affinity, _one_by_one, seed, budget, backend)
+
+
+@register("exflow_bisection", source=_SOURCE, needs=("affinity",), backends=BACKENDS)
+def exflow_bisection(
+    problem: Problem, seed: int, budget: Budget, backend: Backend = "cp_sat"
+) -> Solution:
+    """Keep inter-layer affinity in halves of the ranks, then in halves of these, and so on."""
+    assert problem.affinity is not None
+    return _solve(problem, problem.affinity, _halves, seed, budget, backend)
+
+
+@register("exflow_top1", source=_SOURCE, needs=("tokens",), backends=BACKENDS)
+def exflow_top1(
+    problem: Problem, seed: int, budget: Budget, backend: Backend = "cp_sat"
+) -> Solution:
+    """As the paper has it, for top-1 models: keep the way of the primary experts on a rank."""
+    solution = _solve(problem, primary_flow(problem), _by_node(problem), seed, budget, backend)
+    return Solution(solution.placement, termination=solution.termination, notes=solution.notes)
+
+
+def primary_flow(problem: Problem) -> NDArray[np.float64]:
+    """[L-1, E, E] tokens whose primary experts of two consecutive layers these are."""
+    tokens = problem.tokens
+    assert tokens is not None
+    primary = tokens[:, :, 0] if problem.primary is None else problem.primary
+    num_experts = problem.num_experts
+    flow = np.zeros((problem.num_layers - 1, num_experts, num_experts))
+    for layer in range(problem.num_layers - 1):
+        here, there = primary[:, layer].astype(np.int64), primary[:, layer + 1]
+        both = (here >= 0) & (there >= 0)
+        key = (here * num_experts + there)[both]
+        counts = np.bincount(key, minlength=num_experts**2)
+        flow[layer] = counts.reshape(num_experts, num_experts)
+    return flow
+
+
+def _one_by_one(ranks: Sequence[int]) -> list[Sequence[int]]:
+    return [[rank] for rank in ranks]
+
+
+def _halves(ranks: Sequence[int]) -> list[Sequence[int]]:
+    middle = -(-len(ranks) // 2)
+    return [ranks[:middle], ranks[middle:]]
+
+
+def _by_node(problem: Problem) -> Split:
+    def split(ranks: Sequence[int]) -> list[Sequence[int]]:
+        size = problem.ranks_per_node
+        if len(ranks) <= size:
+            return _one_by_one(ranks)
+        return [ranks[first : first + size] for first in range(0, len(ranks), size)]
+
+    return split
+
+
+def _solve(
+    problem: Problem,
+    affinity: NDArray[np.float64],
+    split: Split,
+    seed: int,
+    budget: Budget,
+    backend: Backend,
+) -> Solution:
     rng = np.random.default_rng(seed)
-    flow = np.ascontiguousarray(problem.affinity, dtype=np.float64)
+    flow = np.ascontiguousarray(affinity, dtype=np.float64)
     sizes = np.array(
         [part.size for part in np.array_split(np.arange(problem.num_experts), problem.num_ranks)]
     )
     total = float(flow.sum())
     if total <= 0:
         return contiguous(problem, seed, budget)
-    if problem.num_nodes == 1:
-        stages = [place(flow, sizes, rng, budget, backend)]
-        ranks, upper_bound = stages[0].ranks, stages[0].upper_bound
-    else:
-        ranks, stages = _place_by_node(problem, flow, sizes, rng, budget, backend)
-        upper_bound = None
+    ranks = np.zeros((problem.num_layers, problem.num_experts), np.int64)
+    stages = _place_parts(
+        ranks, np.arange(problem.num_ranks).tolist(), split, flow, sizes, rng, budget, backend
+    )
     placement = fill(problem, np.argsort(ranks, axis=1, kind="stable"))
     termination: Termination = "finished"
     if any(stage.cut_short for stage in stages):
         termination = "interrupted" if budget.interrupted else "time_limit"
     bound = 1.0 - min(total, kept_flow_bound(flow, problem)) / total
-    if upper_bound is not None and problem.num_slots == problem.num_experts:
+    upper_bound = stages[0].upper_bound if len(stages) == 1 else None
+    at_once = len(split(range(problem.num_ranks))) == problem.num_ranks
+    if upper_bound is not None and at_once and problem.num_slots == problem.num_experts:
         bound = max(bound, 1.0 - upper_bound / total)
     return Solution(
         placement,
@@ -104,6 +188,45 @@ def _solve(problem: Problem, seed: int, budget: Budget, backend: Backend) -> Sol
         termination=termination,
         notes={"integer_program": ", ".join(dict.fromkeys(stage.program for stage in stages))},
     )
+
+
+def _place_parts(
+    ranks: Ranks,
+    among: Sequence[int],
+    split: Split,
+    flow: NDArray[np.float64],
+    sizes: NDArray[np.int64],
+    rng: np.random.Generator,
+    budget: Budget,
+    backend: Backend,
+) -> list[Stage]:
+    """Experts to the ranks `among`, in place, stage by stage; the stages.
+
+    Half of the time goes to a stage that others follow; the rest is shared by these.
+
+    Args:
+        ranks: [L, E] rank of each expert so far; those on among[0] are to be placed.
+        split: ranks into the parts that the next stage tells apart.
+        flow: [L-1, E, E] between experts of neighbouring layers.
+        sizes: [G] experts of each rank.
+    """
+    parts = split(among) if len(among) > 1 else [among]
+    here = np.stack([np.nonzero(row == among[0])[0] for row in ranks])
+    if len(parts) == 1 or here.shape[1] == 0:
+        return []
+    inside = np.stack(
+        [layer_flow[np.ix_(here[layer], here[layer + 1])] for layer, layer_flow in enumerate(flow)]
+    )
+    is_last = all(len(part) == 1 for part in parts)
+    part_sizes = np.array([sizes[list(part)].sum() for part in parts])
+    stages = [place(inside, part_sizes, rng, budget if is_last else budget.part(0.5), backend)]
+    first = np.array([part[0] for part in parts])
+    np.put_along_axis(ranks, here, first[stages[0].ranks], axis=1)
+    if not is_last:
+        for number, part in enumerate(parts):
+            share = budget.part(1 / (len(parts) - number))
+            stages += _place_parts(ranks, part, split, flow, sizes, rng, share, backend)
+    return stages
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,52 +268,15 @@ def place(
     weights, scale = to_integers(flow)
     program, pairs = _program(weights, int(sizes[0]))
     answer = solve(program, backend, _shared(ranks, pairs), EFFORT, budget)
-    if answer.values is not None:
-        found = _ranks(answer.values, pairs, num_layers, num_experts)
-        if kept_flow(flow, found) > kept_flow(flow, ranks):
-            ranks = found
+    found = _ranks(answer.values, pairs, num_layers, num_experts)
+    if kept_flow(flow, found) > kept_flow(flow, ranks):
+        ranks = found
     return Stage(
         ranks,
         None if answer.upper_bound is None else answer.upper_bound / scale,
         "optimal" if answer.optimal else "not proved",
         budget.expired(),
     )
-
-
-def _place_by_node(
-    problem: Problem,
-    flow: NDArray[np.float64],
-    sizes: NDArray[np.int64],
-    rng: np.random.Generator,
-    budget: Budget,
-    backend: Backend,
-) -> tuple[Ranks, list[Stage]]:
-    """Experts to nodes, then the experts of each node to its ranks.
-
-    Half of the time goes to the first stage; the rest is shared by the nodes.
-
-    Returns:
-        [L, E] rank of each expert, and the stages.
-    """
-    sizes_by_node = sizes.reshape(problem.num_nodes, problem.ranks_per_node)
-    stages = [place(flow, sizes_by_node.sum(axis=1), rng, budget.part(0.5), backend)]
-    nodes = stages[0].ranks
-    ranks = np.empty_like(nodes)
-    for node, node_sizes in enumerate(sizes_by_node):
-        if node_sizes.sum() == 0:
-            continue
-        members = np.stack([np.nonzero(row == node)[0] for row in nodes])
-        inside = np.stack(
-            [
-                layer_flow[np.ix_(members[layer], members[layer + 1])]
-                for layer, layer_flow in enumerate(flow)
-            ]
-        )
-        share = budget.part(1 / (problem.num_nodes - node))
-        stages.append(place(inside, node_sizes, rng, share, backend))
-        found = stages[-1].ranks + node * problem.ranks_per_node
-        np.put_along_axis(ranks, members, found, axis=1)
-    return ranks, stages
 
 
 def _is_small(
@@ -210,7 +296,7 @@ def _is_small(
 Pairs = dict[tuple[int, int], int]
 
 
-def _program(weights: NDArray[np.int64], rank_size: int) -> tuple[BinaryProgram, Pairs]:
+def _program(weights: NDArray[np.int64], rank_size: int) -> tuple[IntegerProgram, Pairs]:
     """The integer program, and the number of s_uv by (u, v), u < v; expert e of layer l is l E + e.
 
     Args:
@@ -219,7 +305,7 @@ def _program(weights: NDArray[np.int64], rank_size: int) -> tuple[BinaryProgram,
     """
     num_layers, num_experts = len(weights) + 1, weights.shape[1]
     layers = [range(layer * num_experts, (layer + 1) * num_experts) for layer in range(num_layers)]
-    program = BinaryProgram()
+    program = IntegerProgram()
     keys = [pair for layer in layers for pair in combinations(layer, 2)]
     keys += [(u, v) for here, there in pairwise(layers) for u in here for v in there]
     s: Pairs = dict(zip(keys, program.binaries(len(keys)), strict=True))
@@ -259,15 +345,15 @@ def _program(weights: NDArray[np.int64], rank_size: int) -> tuple[BinaryProgram,
     return program, s
 
 
-def _shared(ranks: Ranks, pairs: Pairs) -> NDArray[np.bool_]:
+def _shared(ranks: Ranks, pairs: Pairs) -> Point:
     """The point of the program that is a placement."""
     flat = ranks.ravel()
     u, v = np.array(list(pairs)).T
-    same: NDArray[np.bool_] = flat[u] == flat[v]
+    same: Point = (flat[u] == flat[v]).astype(np.int64)
     return same
 
 
-def _ranks(values: NDArray[np.bool_], pairs: Pairs, num_layers: int, num_experts: int) -> Ranks:
+def _ranks(values: Point, pairs: Pairs, num_layers: int, num_experts: int) -> Ranks:
     """The placement that is a point of the program; ranks named by their first expert."""
     ranks = np.full(num_layers * num_experts, -1, np.int64)
     same = {pair for pair, variable in pairs.items() if values[variable]}

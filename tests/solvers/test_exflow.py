@@ -10,9 +10,8 @@ import pytest
 from solver_cases import make_problem, topic_tokens
 
 from solvers import Budget, Problem, solve
-from solvers.binary_program import BinaryProgram
-from solvers.binary_program import solve as solve_program
 from solvers.check import check
+from solvers.integer_program import BACKENDS
 from solvers.published import exflow
 
 
@@ -40,7 +39,7 @@ def best_kept(flow, sizes):
     return value.max()
 
 
-@pytest.mark.parametrize("solver", ["exflow", "exflow_pulp"])
+@pytest.mark.parametrize("solver", ["exflow_pulp", *(f"exflow:{name}" for name in BACKENDS)])
 @pytest.mark.parametrize("sizes", [(2, 2), (3, 3), (2, 2, 2)])
 def test_small_chains_are_solved_and_proved_optimal(solver, sizes):
     num_experts = sum(sizes)
@@ -53,7 +52,7 @@ def test_small_chains_are_solved_and_proved_optimal(solver, sizes):
     assert result.notes["integer_program"] == "optimal"
 
 
-@pytest.mark.parametrize("backend", ["cp_sat", "cbc"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_program_finds_the_optimum_without_help_from_the_chain(backend, monkeypatch):
     """Start it from the contiguous placement."""
     from solvers import chain
@@ -75,26 +74,9 @@ def test_points_of_the_program_are_placements_and_back():
     ranks = np.array([[0, 0, 1, 1], [1, 0, 1, 0], [0, 1, 1, 0]])
     program, pairs = exflow._program(np.ones((2, 4, 4), np.int64), 2)
     point = exflow._shared(ranks, pairs)
-    for variables, number in program.totals:
-        assert point[list(variables)].sum() == number
-    for variables, consequence in program.implications:
-        assert not point[list(variables)].all() or point[consequence]
+    assert program.is_feasible(point)
+    assert program.value(point) == exflow.kept_flow(np.ones((2, 4, 4)), ranks)
     assert (exflow._ranks(point, pairs, 3, 4) == ranks).all()
-
-
-@pytest.mark.parametrize("backend", ["cp_sat", "cbc"])
-def test_back_ends_agree_on_a_knapsack_of_clauses(backend):
-    program = BinaryProgram()
-    x = program.binaries(5)
-    program.total(x, 3)
-    program.implies([x[0], x[1]], x[2])
-    program.implies([x[3]], x[4])
-    program.maximise({x[0]: 5, x[1]: 4, x[3]: 6, x[4]: -3, x[2]: 1})
-    start = np.array([1, 1, 1, 0, 0], bool)
-    answer = solve_program(program, backend, start, effort=5.0, budget=Budget())
-    assert answer.optimal
-    assert answer.upper_bound == 10
-    assert answer.values.tolist() == [True, True, True, False, False]
 
 
 def test_the_bound_is_only_of_the_program_where_slots_leave_no_choice():
@@ -167,3 +149,50 @@ def test_a_time_limit_leaves_time_for_the_ranks_of_a_node(monkeypatch):
     assert nodes == [[16] * 4, [4] * 4, [4] * 4, [4] * 4, [4] * 4]
     assert 0.9 < given[0] <= 1.0
     assert all(seconds > 0 for seconds in given)
+
+
+def test_bisection_splits_the_ranks_into_halves_again_and_again(monkeypatch):
+    seen = []
+    place = exflow.place
+
+    def spy(flow, sizes, *others):
+        seen.append(sizes.tolist())
+        return place(flow, sizes, *others)
+
+    monkeypatch.setattr(exflow, "place", spy)
+    flow = np.random.default_rng(0).gamma(0.3, size=(2, 12, 12))
+    result = solve(problem_of(flow, 6, 2), "exflow_bisection")
+    assert seen == [[6, 6], [4, 2], [2, 2], [4, 2], [2, 2]]
+    assert result.lower_bound <= result.parts["cross_rank_fraction"]
+
+
+def test_one_stage_sees_no_nodes_and_keeps_at_least_as_much_as_two():
+    tokens = topic_tokens(4, num_experts=24, top_k=3)
+    problem = make_problem(tokens, 24, 4, 6, ranks_per_node=2)
+    one, two = solve(problem, "exflow_one_stage"), solve(problem, "exflow")
+    flat = solve(replace(problem, ranks_per_node=4), "exflow")
+    assert (one.placement == flat.placement).all()
+    assert one.parts["cross_rank_fraction"] <= two.parts["cross_rank_fraction"]
+
+
+def test_top1_looks_at_the_primary_experts_alone():
+    """Primary experts go 0 -> 1 -> 0; all that the secondary ones do is noise."""
+    rng = np.random.default_rng(0)
+    first = rng.integers(0, 4, (200, 1))
+    primary = np.concatenate([first, (first + 1) % 4, first], axis=1)
+    noise = (primary + rng.integers(1, 4, primary.shape)) % 4
+    tokens = np.stack([noise, primary], axis=2).astype(np.int16)
+    problem = make_problem(tokens, 4, 2, 2, primary=primary.astype(np.int16))
+    flow = exflow.primary_flow(problem)
+    assert flow[0, 0, 1] == (first == 0).sum()
+    assert flow.sum() == 400
+    placement = solve(problem, "exflow_top1").placement.reshape(3, 2, 2)
+    ranks = np.array([[np.nonzero((row == e).any(axis=1))[0][0] for e in range(4)]
+                      for row in placement])  # fmt: skip
+    assert all(len({ranks[0, e], ranks[1, (e + 1) % 4], ranks[2, e]}) == 1 for e in range(4))
+
+
+def test_top1_without_primary_experts_takes_the_first_column():
+    tokens = np.array([[[2, 1], [0, 1], [-1, -1]], [[2, 0], [1, 0], [0, 2]]], np.int16)
+    flow = exflow.primary_flow(make_problem(tokens, 3, 1, 3))
+    assert np.argwhere(flow).tolist() == [[0, 2, 0], [0, 2, 1], [1, 1, 0]]
