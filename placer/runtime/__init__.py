@@ -1,0 +1,1 @@
+"""Plans applied to real models across processes: loading, dispatch, generation, launching."""

@@ -1,0 +1,134 @@
+"""Loading a rank's share of a model: all that is not an expert, and the experts of its slots."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from placer.errors import BadFileError, PlacerError
+from placer.placement import Placement
+from placer.runtime.layout import ModelLayout
+from placer.runtime.mapping import Mapping
+from placer.runtime.memory import LoadMemory, PeakMemory, tensor_bytes
+
+
+def local_slots(placement: Placement, layer: int, rank: int) -> list[tuple[int, int]]:
+    """(slot, expert) of each filled slot of a rank in a layer, in the order of slots."""
+    width = placement.slots_per_rank
+    row = placement.physical_to_logical[layer, rank * width : (rank + 1) * width]
+    return [(rank * width + i, int(expert)) for i, expert in enumerate(row) if expert >= 0]
+
+
+def share_bytes(layout: ModelLayout, placement: Placement, rank: int) -> int:
+    """Bytes of the weights that the plan gives a rank."""
+    filled = sum(len(local_slots(placement, layer, rank)) for layer in range(placement.num_layers))
+    return layout.other_bytes + filled * layout.expert_bytes
+
+
+def load_share(
+    layout: ModelLayout,
+    mapping: Mapping,
+    placement: Placement,
+    rank: int,
+    device: torch.device,
+) -> tuple[Any, LoadMemory]:
+    """The model with a rank's experts only.
+
+    Every experts' module holds the experts of the rank's filled slots, in the order of slots, as
+    its experts 0, 1, ...; a rank without any in a layer holds none.
+
+    Returns:
+        The model, in evaluation mode, and what memory it took.
+    """
+    peak = PeakMemory()
+    model = copy.deepcopy(layout.model)
+    for number, layer in enumerate(layout.layers):
+        experts = [expert for _, expert in local_slots(placement, number, rank)]
+        _load_experts(model.get_submodule(layer.experts), layer.experts, experts, layout, mapping,
+                      device)  # fmt: skip
+    apart = tuple(f"{layer.experts}." for layer in layout.layers)
+    _load_others(model, apart, mapping, device)
+    _make_buffers(model, device)
+    tensors = [*model.parameters(), *model.buffers()]
+    memory = LoadMemory(
+        share_bytes(layout, placement, rank), tensor_bytes(tensors), peak.above_start()
+    )
+    return model, memory
+
+
+def _load_experts(
+    module: nn.Module,
+    path: str,
+    experts: list[int],
+    layout: ModelLayout,
+    mapping: Mapping,
+    device: torch.device,
+) -> None:
+    for name, shape in layout.expert_parameters.items():
+        held = torch.empty((len(experts), *shape), dtype=layout.dtype, device=device)
+        for i, expert in enumerate(experts):
+            held[i] = mapping.read_expert(f"{path}.{name}", expert, layout.num_experts, shape)[0]
+        setattr(module, name, _frozen(held))
+    # the module's own forward counts by this
+    module.num_experts = len(experts)  # type: ignore[assignment]
+
+
+def _load_others(
+    model: Any, apart: tuple[str, ...], mapping: Mapping, device: torch.device
+) -> None:
+    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
+    strict = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    for name, meta in model.state_dict().items():
+        if name.startswith(apart):
+            continue
+        if name in tied and not mapping.has(name):
+            continue  # tied below
+        is_strict = bool(strict & set(name.split(".")))
+        dtype = torch.float32 if is_strict and meta.dtype.is_floating_point else meta.dtype
+        held = torch.empty(meta.shape, dtype=dtype, device=device)
+        held.copy_(mapping.read(name, tuple(meta.shape)))
+        path, _, key = name.rpartition(".")
+        module = model.get_submodule(path)
+        if key in module._buffers:
+            module._buffers[key] = _initialised(held)
+        else:
+            setattr(module, key, _frozen(held))
+    model.tie_weights()
+    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if left:
+        raise BadFileError(f"{mapping.checkpoint.folder} lacks {left[0]}")
+
+
+def _make_buffers(model: Any, device: torch.device) -> None:
+    """Compute what no checkpoint holds, such as rotary frequencies, as from_pretrained does."""
+    made: list[tuple[str, nn.Module, str]] = []
+    for path, module in model.named_modules():
+        for key in module._non_persistent_buffers_set:
+            meta = module._buffers[key]
+            if meta is not None and meta.is_meta:
+                value = torch.empty_like(meta, device="cpu")
+                value.fill_(torch.nan if meta.dtype.is_floating_point else 0)
+                module._buffers[key] = value
+                made.append((f"{path}.{key}", module, key))
+    model.initialize_weights()
+    for name, module, key in made:
+        held = module._buffers[key]
+        assert held is not None
+        if not held.dtype.is_floating_point or bool(held.isnan().any()):
+            raise PlacerError(f"the buffer {name} cannot be computed without a full load")
+        module._buffers[key] = held.to(device)
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    parameter = nn.Parameter(tensor, requires_grad=False)
+    _initialised(parameter)
+    return parameter
+
+
+def _initialised(tensor: Any) -> Any:
+    """Mark a tensor as loaded, so that transformers does not initialise it anew."""
+    tensor._is_hf_initialized = True
+    return tensor
