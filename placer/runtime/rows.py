@@ -60,7 +60,7 @@ def unpack(
     sizes = [hidden_size * dtype.itemsize, 4 * top_k, 4 * top_k, *([4] if with_row else [])]
     types = [dtype, torch.int32, torch.float32, torch.int32]
     parts = [
-        part.contiguous().view(kind)
+        from_bytes(part, kind)
         for part, kind in zip(torch.split(rows, sizes, dim=1), types, strict=False)
     ]
     row = parts[3].reshape(-1) if with_row else None
@@ -80,9 +80,15 @@ def join(parts: list[Tokens]) -> Tokens:
 
 def as_bytes(matrix: Tensor) -> Tensor:
     """[n, D] -> [n, bytes] uint8."""
+    if not matrix.numel():  # whose strides may be anything
+        width = matrix.shape[1] * matrix.element_size()
+        return torch.empty((0, width), dtype=torch.uint8, device=matrix.device)
     return matrix.contiguous().view(torch.uint8)
 
 
 def from_bytes(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """[n, bytes] uint8 -> [n, D]."""
+    if not rows.numel():
+        width = rows.shape[1] // dtype.itemsize
+        return torch.empty((0, width), dtype=dtype, device=rows.device)
     return rows.contiguous().view(dtype)

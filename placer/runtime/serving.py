@@ -1,8 +1,7 @@
 """Which slot serves each token-expert pair of this rank's tokens.
 
-The policy `local` of docs/metrics.md. Where an expert has several copies, the loads that break
-ties are those that this rank has sent out itself in this layer and pass: a rank knows no others
-without asking.
+The policy `local` of docs/metrics.md: a rank decides by what it knows without asking, its own
+tokens of the pass and the plan, and so does the replay in `placer.cost`.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from placer.cost.serving import serve_layer
 from placer.placement import Placement
 
 
@@ -53,24 +53,15 @@ class Serving:
         used = (experts >= 0) & (experts < num_experts)
         if not self._has_replicas or not len(experts):
             return self._only[layer][torch.where(used, experts, num_experts)]
-        from placer.cost import kernels
-
-        ids = torch.where(used, experts, -1).to("cpu", torch.int32).numpy()[:, None, :]
-        ids = np.ascontiguousarray(ids)
-        served = np.empty_like(ids)
-        num_tokens = ids.shape[0]
-        kernels.serve_local(
+        ids = torch.where(used, experts, -1).to("cpu", torch.int32).numpy()
+        placement = self._placement
+        served = serve_layer(
             ids,
-            np.zeros((0, 0, 0), np.float32),
-            self._ranks[layer : layer + 1],
-            self._copies[layer : layer + 1],
-            np.full(num_tokens, self._rank, np.int32),
-            False,
-            np.zeros(num_tokens, np.int32),
-            np.zeros((1, 1, self._placement.num_ranks), np.int32),
-            self._placement.ranks_per_node,
-            served,
+            self._ranks[layer],
+            self._copies[layer],
+            self._rank,
+            placement.num_ranks,
+            placement.ranks_per_node,
         )
-        chosen = self._slots[layer, ids[:, 0], served[:, 0]]
-        chosen[ids[:, 0] < 0] = -1
+        chosen = np.where(ids < 0, -1, self._slots[layer, ids, served])
         return torch.from_numpy(chosen).to(experts.device)
