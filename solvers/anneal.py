@@ -18,6 +18,10 @@ from numba.extending import intrinsic
 
 from solvers.compiling import compiled
 
+# What the mean squared relative rank load costs, as a share of the price of the maximum: it guides
+# the search where the maximum is flat, and balances what the sample cannot tell.
+SQUARE_SHARE = 0.05
+
 
 @intrinsic
 def popcount(typing_context: Any, word: Any) -> Any:
@@ -96,17 +100,20 @@ def cover(bits: Any, slots: Any, first: int, last: int, once: Any, twice: Any) -
 
 @compiled
 def swap_change(
-    row_a: Any, row_b: Any, once_a: Any, twice_a: Any, once_b: Any, twice_b: Any
+    row_a: Any, row_b: Any, once_a: Any, twice_a: Any, once_b: Any, twice_b: Any, lo: int, hi: int
 ) -> Any:
-    """Change of the summed span when an expert goes from A to B and another from B to A."""
-    change = np.int64(0)
-    for w in range(row_a.size):
+    """Tokens that use A and B more when an expert goes from A to B and another from B to A.
+
+    Words lo..hi - 1 are counted. Returns the change of A's tokens and that of B's.
+    """
+    of_a = np.int64(0)
+    of_b = np.int64(0)
+    for w in range(lo, hi):
         only_a = row_a[w] & ~row_b[w]
         only_b = row_b[w] & ~row_a[w]
-        gained = popcount(only_a & ~once_b[w]) + popcount(only_b & ~once_a[w])
-        lost = popcount(only_a & ~twice_a[w]) + popcount(only_b & ~twice_b[w])
-        change += np.int64(gained) - np.int64(lost)
-    return change
+        of_a += np.int64(popcount(only_b & ~once_a[w])) - np.int64(popcount(only_a & ~twice_a[w]))
+        of_b += np.int64(popcount(only_a & ~once_b[w])) - np.int64(popcount(only_b & ~twice_b[w]))
+    return of_a, of_b
 
 
 @compiled
@@ -123,25 +130,29 @@ def stay_change(
     primary_b: Any,
     next_a: Any,
     next_b: Any,
+    lo: int,
+    hi: int,
 ) -> Any:
     """Change, under the same swap, of how many tokens find an expert on the rank where they are.
 
     Counted entering this layer (home = where the previous layer left the token) and entering the
     next one (whose experts' ranks are next_a, next_b). Coherent dispatch saves a message each.
+    Returns the change at A and that at B.
     """
-    change = np.int64(0)
-    for w in range(row_a.size):
+    of_a = np.int64(0)
+    of_b = np.int64(0)
+    for w in range(lo, hi):
         only_a = row_a[w] & ~row_b[w]
         only_b = row_b[w] & ~row_a[w]
-        change += np.int64(popcount(only_a & ~once_b[w] & home_b[w]))
-        change += np.int64(popcount(only_b & ~once_a[w] & home_a[w]))
-        change -= np.int64(popcount(only_a & ~twice_a[w] & home_a[w]))
-        change -= np.int64(popcount(only_b & ~twice_b[w] & home_b[w]))
-        change += np.int64(popcount(primary_a[w] & next_b[w]))
-        change += np.int64(popcount(primary_b[w] & next_a[w]))
-        change -= np.int64(popcount(primary_a[w] & next_a[w]))
-        change -= np.int64(popcount(primary_b[w] & next_b[w]))
-    return change
+        of_a += np.int64(popcount(only_b & ~once_a[w] & home_a[w]))
+        of_b += np.int64(popcount(only_a & ~once_b[w] & home_b[w]))
+        of_a -= np.int64(popcount(only_a & ~twice_a[w] & home_a[w]))
+        of_b -= np.int64(popcount(only_b & ~twice_b[w] & home_b[w]))
+        of_a += np.int64(popcount(primary_b[w] & next_a[w]))
+        of_b += np.int64(popcount(primary_a[w] & next_b[w]))
+        of_a -= np.int64(popcount(primary_a[w] & next_a[w]))
+        of_b -= np.int64(popcount(primary_b[w] & next_b[w]))
+    return of_a, of_b
 
 
 @compiled
@@ -157,16 +168,17 @@ def count_bits(rows: Any) -> Any:
 @compiled
 def anneal_layer(
     bits: Any,
-    relative: Any,
-    slots: Any,
-    best_slots: Any,
-    once: Any,
-    twice: Any,
+    segments: Any,
+    token_prices: Any,
     groups: Any,
-    weights: Any,
-    token_price: float,
-    price: float,
-    square_price: float,
+    row_prices: Any,
+    loads: Any,
+    load_prices: Any,
+    fair: Any,
+    held: Any,
+    move_price: float,
+    slots: Any,
+    free: Any,
     temperature: float,
     cooling: float,
     proposals: int,
@@ -174,26 +186,31 @@ def anneal_layer(
     primary_bits: Any,
     home: Any,
     next_once: Any,
+    stop: Any,
 ) -> Any:
     """Anneal the slots of one layer in place by swaps; leave the best state in `slots`.
 
-    Minimises token_price * sum over levels of weight * traffic + price * max / mean rank load
-    + square_price * mean square of (rank load / mean). A level is a way to cut the slots into equal
-    groups: ranks, nodes. The traffic of a token at a level is its span there, or with
-    `primary_bits` (coherent dispatch) twice its span less one for each of the two layer boundaries
-    at which it need not move. Cost: see the module's docstring.
+    Minimises the sum over workloads and levels of token price x row price x traffic + the sum over
+    scenarios of load price x (max + SQUARE_SHARE x mean square) of relative rank load + move price
+    x moves. A level is a way to cut the slots into equal groups: ranks, nodes. The traffic of a
+    token at a level is its span there, or with `primary_bits` (coherent dispatch) twice its span
+    less one for each of the two layer boundaries at which it need not move. Cost: see the module's
+    docstring.
 
     Args:
         bits: [E + 1, W] uint64 tokens of each expert, from `pack_bits`.
-        relative: [E + 1] float64 load of each expert in units of the mean rank load; the last is 0.
-        slots: [S] int64 expert of each slot, -1 = empty; changed in place.
-        best_slots: [S] int64, scratch.
-        once, twice: [sum of groups, W] uint64, scratch.
+        segments: [workloads + 1] int64 first word of each workload's tokens, and W.
+        token_prices: [workloads] float64 price of one message of one of its tokens.
         groups: [levels] int64 groups at each level, ranks first: [G] or [G, N].
-        weights: [levels] float64 price of a group of each level in the span.
-        token_price: price of one message of one token; usually 1 / T.
-        price: price of max / mean rank load.
-        square_price: price of the mean squared relative load, which guides the search near balance.
+        row_prices: [sum of groups] float64 price of a message to each group, levels stacked.
+        loads: [C, E + 1] float64 load of each expert in each scenario, in units of the scenario's
+            mean rank load; the last is 0.
+        load_prices: [C] float64 price of each scenario's max / mean rank load.
+        fair: [G] float64 load that is fair for each rank, 1 on average.
+        held: [E + 1, G] bool whether an expert on that rank is no move; the last row is true.
+        move_price: price of a move.
+        slots: [S] int64 expert of each slot, -1 = empty; changed in place.
+        free: [F] int64 slots that may be swapped.
         temperature, cooling: first temperature, factor per proposal.
         proposals: how many swaps to propose.
         seed: of the random numbers.
@@ -201,6 +218,7 @@ def anneal_layer(
             layers do not matter, and then home and next_once are None too.
         home: [sum of groups, W] tokens that enter the layer in each group, levels stacked.
         next_once: [sum of groups, W] tokens with an expert of the next layer there.
+        stop: [1] int64, not 0 once another thread wants the search to end.
 
     Returns:
         The best cost that was seen, less the cost of the traffic at the start.
@@ -209,7 +227,11 @@ def anneal_layer(
     num_ranks = groups[0]
     width = num_slots // num_ranks
     empty = bits.shape[0] - 1
+    num_scenarios = loads.shape[0]
     factor = 1 if primary_bits is None else 2
+    num_rows = row_prices.size
+    once = np.zeros((num_rows, bits.shape[1]), np.uint64)
+    twice = np.zeros((num_rows, bits.shape[1]), np.uint64)
     base = 0
     for level in range(groups.size):
         size = num_slots // groups[level]
@@ -217,25 +239,37 @@ def anneal_layer(
             row = base + group
             cover(bits, slots, group * size, (group + 1) * size, once[row], twice[row])
         base += groups[level]
-    rank_load = np.zeros(num_ranks, np.float64)
+    best_slots = slots.copy()
+    rank_load = np.zeros((num_scenarios, num_ranks), np.float64)
+    cost = 0.0
     for slot in range(num_slots):
-        best_slots[slot] = slots[slot]
-        if slots[slot] >= 0:
-            rank_load[slot // width] += relative[slots[slot]]
-    squares = 0.0
-    peak = 0.0
-    for rank in range(num_ranks):
-        squares += rank_load[rank] * rank_load[rank] / num_ranks
-        peak = max(peak, rank_load[rank])
-    cost = price * peak + square_price * squares
+        expert = slots[slot]
+        if expert >= 0:
+            rank = slot // width
+            for scenario in range(num_scenarios):
+                rank_load[scenario, rank] += loads[scenario, expert] / fair[rank]
+            if not held[expert, rank]:
+                cost += move_price
+    balance = 0.0
+    for scenario in range(num_scenarios):
+        highest = 0.0
+        squares = 0.0
+        for rank in range(num_ranks):
+            load = rank_load[scenario, rank]
+            squares += load * load * fair[rank] / num_ranks
+            highest = max(highest, load)
+        balance += load_prices[scenario] * (highest + SQUARE_SHARE * squares)
+    cost += balance
     best = cost
     state = seeded(seed)
-    if num_ranks == 1:
+    if num_ranks == 1 or free.size < 2:
         return best
-    for _ in range(proposals):
+    for step in range(proposals):
+        if step & 255 == 0 and stop[0] != 0:
+            break
         temperature *= cooling
-        slot_a = below(state, num_slots)
-        slot_b = below(state, num_slots)
+        slot_a = free[below(state, free.size)]
+        slot_b = free[below(state, free.size)]
         rank_a = slot_a // width
         rank_b = slot_b // width
         expert_a = slots[slot_a]
@@ -246,16 +280,28 @@ def anneal_layer(
             expert_a = empty
         if expert_b < 0:
             expert_b = empty
-        step = relative[expert_b] - relative[expert_a]
-        load_a = rank_load[rank_a] + step
-        load_b = rank_load[rank_b] - step
-        new_peak = max(load_a, load_b)
-        for rank in range(num_ranks):
-            if rank != rank_a and rank != rank_b and rank_load[rank] > new_peak:
-                new_peak = rank_load[rank]
-        before = rank_load[rank_a] * rank_load[rank_a] + rank_load[rank_b] * rank_load[rank_b]
-        new_squares = squares + (load_a * load_a + load_b * load_b - before) / num_ranks
-        moved = 0.0
+        total = 0.0
+        for scenario in range(num_scenarios):
+            price = load_prices[scenario]
+            if price == 0:
+                continue
+            moved = loads[scenario, expert_b] - loads[scenario, expert_a]
+            old_a = rank_load[scenario, rank_a]
+            old_b = rank_load[scenario, rank_b]
+            new_a = old_a + moved / fair[rank_a]
+            new_b = old_b - moved / fair[rank_b]
+            others = 0.0
+            for rank in range(num_ranks):
+                if rank != rank_a and rank != rank_b and rank_load[scenario, rank] > others:
+                    others = rank_load[scenario, rank]
+            risen = max(new_a, new_b, others) - max(old_a, old_b, others)
+            squares = (new_a * new_a - old_a * old_a) * fair[rank_a]
+            squares += (new_b * new_b - old_b * old_b) * fair[rank_b]
+            total += price * (risen + SQUARE_SHARE * squares / num_ranks)
+        if move_price != 0:
+            moves = np.int64(held[expert_a, rank_a]) + np.int64(held[expert_b, rank_b])
+            moves -= np.int64(held[expert_a, rank_b]) + np.int64(held[expert_b, rank_a])
+            total += move_price * moves
         base = 0
         for level in range(groups.size):
             size = num_slots // groups[level]
@@ -264,27 +310,31 @@ def anneal_layer(
             base += groups[level]
             if a == b:
                 continue
-            change = factor * swap_change(
-                bits[expert_a], bits[expert_b], once[a], twice[a], once[b], twice[b]
-            )
-            if primary_bits is not None:
-                change -= stay_change(
-                    bits[expert_a], bits[expert_b], once[a], twice[a], once[b], twice[b],
-                    home[a], home[b], primary_bits[expert_a], primary_bits[expert_b],
-                    next_once[a], next_once[b],
-                )  # fmt: skip
-            moved += weights[level] * change
-        total = (
-            token_price * moved + price * (new_peak - peak) + square_price * (new_squares - squares)
-        )
+            for workload in range(token_prices.size):
+                lo = segments[workload]
+                hi = segments[workload + 1]
+                of_a, of_b = swap_change(
+                    bits[expert_a], bits[expert_b], once[a], twice[a], once[b], twice[b], lo, hi
+                )
+                of_a *= factor
+                of_b *= factor
+                if primary_bits is not None:
+                    stay_a, stay_b = stay_change(
+                        bits[expert_a], bits[expert_b], once[a], twice[a], once[b], twice[b],
+                        home[a], home[b], primary_bits[expert_a], primary_bits[expert_b],
+                        next_once[a], next_once[b], lo, hi,
+                    )  # fmt: skip
+                    of_a -= stay_a
+                    of_b -= stay_b
+                total += token_prices[workload] * (row_prices[a] * of_a + row_prices[b] * of_b)
         if total > -temperature * np.log(uniform(state) + 1e-300):
             continue
         slots[slot_a], slots[slot_b] = slots[slot_b], slots[slot_a]
         cost += total
-        peak = new_peak
-        squares = new_squares
-        rank_load[rank_a] = load_a
-        rank_load[rank_b] = load_b
+        for scenario in range(num_scenarios):
+            moved = loads[scenario, expert_b] - loads[scenario, expert_a]
+            rank_load[scenario, rank_a] += moved / fair[rank_a]
+            rank_load[scenario, rank_b] -= moved / fair[rank_b]
         base = 0
         for level in range(groups.size):
             size = num_slots // groups[level]

@@ -19,14 +19,25 @@ from typing import Any
 
 import numpy as np
 
-from solvers.anneal import below, popcount, seeded, uniform
+from solvers.anneal import SQUARE_SHARE, below, popcount, seeded, uniform
 from solvers.compiling import compiled
 
 
 @compiled
-def cover_single(bits: Any, slots: Any, copies: Any, first: int, last: int, once: Any) -> Any:
-    """Fill once [W]: tokens with a single-copy expert in slots first..last - 1; how many."""
-    count = np.int64(0)
+def priced(row: Any, segments: Any, token_prices: Any) -> Any:
+    """Price of one message of each token of row [W]."""
+    total = 0.0
+    for workload in range(token_prices.size):
+        count = np.int64(0)
+        for w in range(segments[workload], segments[workload + 1]):
+            count += np.int64(popcount(row[w]))
+        total += token_prices[workload] * count
+    return total
+
+
+@compiled
+def cover_single(bits: Any, slots: Any, copies: Any, first: int, last: int, once: Any) -> None:
+    """Fill once [W]: tokens with a single-copy expert in slots first..last - 1."""
     for w in range(once.size):
         once[w] = 0
     for slot in range(first, last):
@@ -34,23 +45,20 @@ def cover_single(bits: Any, slots: Any, copies: Any, first: int, last: int, once
         if expert >= 0 and copies[expert] == 1:
             for w in range(once.size):
                 once[w] |= bits[expert, w]
-    for w in range(once.size):
-        count += np.int64(popcount(once[w]))
-    return count
 
 
 @compiled
 def measure_expert(
-    bits: Any, expert: int, where: Any, copies: Any, once: Any, base: int, shrink: int,
-    exclusive: Any, scratch: Any,
+    bits: Any, segments: Any, token_prices: Any, expert: int, where: Any, copies: Any, once: Any,
+    base: int, shrink: int, exclusive: Any, scratch: Any,
 ) -> Any:  # fmt: skip
-    """Tokens of a replicated expert that no copy's group covers.
+    """Price of a message for each token of a replicated expert that no copy's group covers.
 
     Args:
         where: [E, C] ranks of each expert's copies; shrink: ranks per group at this level;
             base: first row of the level in `once`.
         exclusive: [E, C] filled, when shrink is 1, with the tokens that only this copy covers.
-        scratch: [2, W] uint64.
+        scratch: [3, W] uint64.
     """
     words = once.shape[1]
     num_copies = copies[expert]
@@ -62,9 +70,8 @@ def measure_expert(
         for w in range(words):
             scratch[1, w] |= scratch[0, w] & once[row, w]
             scratch[0, w] |= once[row, w]
-    uncovered = np.int64(0)
     for w in range(words):
-        uncovered += np.int64(popcount(bits[expert, w] & ~scratch[0, w]))
+        scratch[2, w] = bits[expert, w] & ~scratch[0, w]
     if shrink == 1:
         for i in range(num_copies):
             row = base + where[expert, i]
@@ -72,20 +79,21 @@ def measure_expert(
             for w in range(words):
                 only += np.int64(popcount(bits[expert, w] & once[row, w] & ~scratch[1, w]))
             exclusive[expert, i] = only
-    return uncovered
+    return priced(scratch[2], segments, token_prices)
 
 
 @compiled
 def fill_load(
-    relative: Any, tokens: Any, copies: Any, where: Any, exclusive: Any, rank_load: Any
-) -> Any:
-    """Fill rank_load [G] in units of the mean; give back its maximum (see the module)."""
+    load: Any, tokens: Any, copies: Any, where: Any, exclusive: Any, fair: Any, rank_load: Any
+) -> None:
+    """Fill rank_load [G], in units of the mean and of each rank's fair share (see the module)."""
     num_ranks = rank_load.size
     for rank in range(num_ranks):
         rank_load[rank] = 0.0
     for expert in range(copies.size):
         if copies[expert] == 1:
-            rank_load[where[expert, 0]] += relative[expert]
+            rank = where[expert, 0]
+            rank_load[rank] += load[expert] / fair[rank]
     for expert in range(copies.size):
         count = copies[expert]
         if count < 2:
@@ -93,23 +101,24 @@ def fill_load(
         away = 1.0 - count / num_ranks
         bound = 0.0
         for i in range(count):
+            rank = where[expert, i]
             share = exclusive[expert, i] / max(tokens[expert], 1)
             bound += share
-            rank_load[where[expert, i]] += relative[expert] * (away * share + 1.0 / num_ranks)
-        free = relative[expert] * away * max(0.0, 1.0 - bound)
+            rank_load[rank] += load[expert] * (away * share + 1.0 / num_ranks) / fair[rank]
+        free = load[expert] * away * max(0.0, 1.0 - bound)
         # water-filling: raise the least loaded copies to one level
         for _ in range(count):
             low = 1e300
             second = 1e300
-            at_low = 0
+            at_low = 0.0
             for i in range(count):
                 value = rank_load[where[expert, i]]
                 if value < low - 1e-12:
                     second = low
                     low = value
-                    at_low = 1
+                    at_low = fair[where[expert, i]]
                 elif value <= low + 1e-12:
-                    at_low += 1
+                    at_low += fair[where[expert, i]]
                 elif value < second:
                     second = value
             rise = min(free / at_low, second - low)
@@ -119,44 +128,37 @@ def fill_load(
             free -= rise * at_low
             if free <= 1e-12:
                 break
-    peak = 0.0
-    for rank in range(num_ranks):
-        peak = max(peak, rank_load[rank])
-    return peak
 
 
 @compiled
 def anneal_layer_replicas(
     bits: Any,
-    relative: Any,
-    tokens: Any,
-    hot: Any,
-    slots: Any,
+    segments: Any,
+    token_prices: Any,
     groups: Any,
-    weights: Any,
-    token_price: float,
-    price: float,
-    square_price: float,
+    row_prices: Any,
+    loads: Any,
+    load_prices: Any,
+    fair: Any,
+    held: Any,
+    move_price: float,
+    slots: Any,
+    free: Any,
     temperature: float,
     cooling: float,
     proposals: int,
     seed: int,
-    result: Any,
+    hot: Any,
+    stop: Any,
 ) -> Any:
     """Anneal the slots of one layer in place; leave the best state in `slots`.
 
+    Minimises what `solvers.anneal.anneal_layer` does, with alltoall traffic.
     Moves: swap two slots of different ranks; give a redundant or empty slot to another expert.
 
     Args:
-        bits: [E + 1, W] uint64 tokens of each expert.
-        relative: [E + 1] float64 load of each expert in units of the mean rank load.
-        tokens: [E] int64 tokens of each expert in `bits`.
+        bits .. seed, stop: as there.
         hot: [H] int64 experts to draw replicas from, hotter ones more often.
-        slots: [S] int64 expert of each slot, -1 = empty; changed in place.
-        groups, weights: [levels] as in `solvers.anneal.anneal_layer`.
-        token_price, price, square_price, temperature, cooling, proposals, seed: likewise.
-        result: [2] float64, filled with traffic (messages of a token, in units of 1 - 1 / G) and
-            max / mean rank load of the best state.
 
     Returns:
         The best cost that was seen.
@@ -167,13 +169,15 @@ def anneal_layer_replicas(
     num_experts = bits.shape[0] - 1
     words = bits.shape[1]
     levels = groups.size
-    num_rows = 0
-    for level in range(levels):
-        num_rows += groups[level]
+    num_rows = row_prices.size
     most = min(num_ranks, num_slots - num_experts + 1)
     copies = np.zeros(num_experts, np.int64)
     where = np.zeros((num_experts, most + 1), np.int64)
     exclusive = np.zeros((num_experts, most + 1), np.int64)
+    tokens = np.zeros(num_experts, np.int64)
+    for expert in range(num_experts):
+        for w in range(words):
+            tokens[expert] += np.int64(popcount(bits[expert, w]))
     for slot in range(num_slots):
         expert = slots[slot]
         if expert >= 0:
@@ -181,19 +185,23 @@ def anneal_layer_replicas(
             copies[expert] += 1
     once = np.zeros((num_rows, words), np.uint64)
     old_once = np.zeros((num_rows, words), np.uint64)
-    scratch = np.zeros((2, words), np.uint64)
-    row_count = np.zeros(num_rows, np.int64)
-    old_count = np.zeros(num_rows, np.int64)
-    uncovered = np.zeros((levels, num_experts), np.int64)
-    old_uncovered = np.zeros((levels, num_experts), np.int64)
+    scratch = np.zeros((3, words), np.uint64)
+    row_cost = np.zeros(num_rows, np.float64)
+    old_cost = np.zeros(num_rows, np.float64)
+    uncovered = np.zeros((levels, num_experts), np.float64)
+    old_uncovered = np.zeros((levels, num_experts), np.float64)
     rank_load = np.zeros(num_ranks, np.float64)
     touched = np.zeros(num_ranks, np.bool_)
     stale = np.zeros(num_experts, np.bool_)
-    best_slots = np.zeros(num_slots, np.int64)
+    best_slots = slots.copy()
     state = seeded(seed)
     cost = 0.0
     best = 1e300
+    if free.size < 2:
+        return best
     for step in range(proposals + 1):
+        if step & 63 == 1 and stop[0] != 0:
+            break
         first_time = step == 0
         slot_a = -1
         slot_b = -1
@@ -205,7 +213,7 @@ def anneal_layer_replicas(
             stale[expert] = False
         if not first_time:
             temperature *= cooling
-            slot_a = below(state, num_slots)
+            slot_a = free[below(state, free.size)]
             old_a = slots[slot_a]
             rank_a = slot_a // width
             redundant = old_a < 0 or copies[old_a] > 1
@@ -228,7 +236,7 @@ def anneal_layer_replicas(
                 stale[expert] = True
                 slots[slot_a] = expert
             else:
-                slot_b = below(state, num_slots)
+                slot_b = free[below(state, free.size)]
                 old_b = slots[slot_b]
                 rank_b = slot_b // width
                 if rank_a == rank_b or old_a == old_b:
@@ -272,50 +280,58 @@ def anneal_layer_replicas(
                 if not hit:
                     continue
                 row = base + group
-                old_count[row] = row_count[row]
+                old_cost[row] = row_cost[row]
                 for w in range(words):
                     old_once[row, w] = once[row, w]
-                row_count[row] = cover_single(
-                    bits, slots, copies, group * size, (group + 1) * size, once[row]
-                )
+                cover_single(bits, slots, copies, group * size, (group + 1) * size, once[row])
+                row_cost[row] = row_prices[row] * priced(once[row], segments, token_prices)
                 if level > 0:  # an expert is stale when its node changed
                     for slot in range(group * size, (group + 1) * size):
                         if slots[slot] >= 0:
                             stale[slots[slot]] = True
             base += groups[level]
         base = 0
-        traffic = 0.0
+        new_cost = 0.0
         for level in range(levels):
             shrink = num_ranks // groups[level]
-            total = 0.0
             for group in range(groups[level]):
-                total += row_count[base + group]
+                new_cost += row_cost[base + group]
             for expert in range(num_experts):
                 if stale[expert]:
                     old_uncovered[level, expert] = uncovered[level, expert]
                     if copies[expert] > 1:
                         uncovered[level, expert] = measure_expert(
-                            bits, expert, where, copies, once, base, shrink, exclusive, scratch
-                        )
+                            bits, segments, token_prices, expert, where, copies, once, base,
+                            shrink, exclusive, scratch,
+                        )  # fmt: skip
                 if copies[expert] > 1:
                     here = copies[expert]
                     if level > 0:
                         here = distinct_groups(where, copies, expert, shrink)
                     away = (1.0 - here / groups[level]) / (1.0 - 1.0 / groups[level])
-                    total += away * uncovered[level, expert]
-            traffic += weights[level] * total
+                    price = 0.0
+                    for i in range(copies[expert]):
+                        price += row_prices[base + where[expert, i] // shrink] / copies[expert]
+                    new_cost += away * price * uncovered[level, expert]
             base += groups[level]
-        peak = fill_load(relative, tokens, copies, where, exclusive, rank_load)
-        squares = 0.0
-        for rank in range(num_ranks):
-            squares += rank_load[rank] * rank_load[rank] / num_ranks
-        new_cost = token_price * traffic + price * peak + square_price * squares
+        for scenario in range(loads.shape[0]):
+            if load_prices[scenario] == 0:
+                continue
+            fill_load(loads[scenario], tokens, copies, where, exclusive, fair, rank_load)
+            highest = 0.0
+            squares = 0.0
+            for rank in range(num_ranks):
+                squares += rank_load[rank] * rank_load[rank] * fair[rank] / num_ranks
+                highest = max(highest, rank_load[rank])
+            new_cost += load_prices[scenario] * (highest + SQUARE_SHARE * squares)
+        if move_price != 0:
+            for slot in range(num_slots):
+                if slots[slot] >= 0 and not held[slots[slot], slot // width]:
+                    new_cost += move_price
         if first_time or new_cost - cost <= -temperature * np.log(uniform(state) + 1e-300):
             cost = new_cost
             if cost < best - 1e-12:
                 best = cost
-                result[0] = token_price * traffic
-                result[1] = peak
                 for slot in range(num_slots):
                     best_slots[slot] = slots[slot]
             continue
@@ -345,7 +361,7 @@ def anneal_layer_replicas(
                     hit = hit or touched[rank]
                 if hit:
                     row = base + group
-                    row_count[row] = old_count[row]
+                    row_cost[row] = old_cost[row]
                     for w in range(words):
                         once[row, w] = old_once[row, w]
             for expert in range(num_experts):
@@ -355,7 +371,10 @@ def anneal_layer_replicas(
         for expert in range(num_experts):
             # the order of copies may have changed: measure again
             if stale[expert] and copies[expert] > 1:
-                measure_expert(bits, expert, where, copies, once, 0, 1, exclusive, scratch)
+                measure_expert(
+                    bits, segments, token_prices, expert, where, copies, once, 0, 1, exclusive,
+                    scratch,
+                )  # fmt: skip
     for slot in range(num_slots):
         slots[slot] = best_slots[slot]
     return best
@@ -396,19 +415,30 @@ def move_copy(where: Any, copies: Any, expert: int, source: int, target: int) ->
 
 @compiled
 def serve_layer(
-    experts: Any, slots: Any, num_experts: int, num_ranks: int, num_nodes: int, home: Any, load: Any
-) -> Any:
+    experts: Any,
+    slots: Any,
+    num_experts: int,
+    num_nodes: int,
+    home: Any,
+    scenario: Any,
+    workload: Any,
+    row_prices: Any,
+    load: Any,
+    traffic: Any,
+) -> None:
     """Serve every token of one layer by the replica policy `local` (docs/metrics.md), and count.
 
     Args:
         experts: [T, K] expert ids, -1 = unused.
         slots: [S] expert of each slot.
+        num_nodes: nodes, of equally many ranks.
         home: [T] home rank of each token, -1 where nobody knows.
-        load: [G] float64, filled with the pairs that each rank serves.
-
-    Returns:
-        Messages and node messages, summed over tokens.
+        scenario, workload: [T] of each token.
+        row_prices: [G] or [G + num_nodes] price of a message to each rank, and to each node.
+        load: [C, G] float64, filled with the pairs that each rank serves, by scenario.
+        traffic: [workloads] float64, filled with the prices of all messages.
     """
+    num_ranks = load.shape[1]
     width = slots.size // num_ranks
     ranks_per_node = num_ranks // num_nodes
     copies = np.zeros(num_experts, np.int64)
@@ -418,13 +448,12 @@ def serve_layer(
         if expert >= 0:
             where[expert, copies[expert]] = slot // width
             copies[expert] += 1
-    for rank in range(num_ranks):
-        load[rank] = 0.0
+    load[:] = 0.0
+    traffic[:] = 0.0
+    served = np.zeros(num_ranks, np.int64)
     used = np.zeros(num_ranks, np.int64)
     used_node = np.zeros(num_nodes, np.int64)
     waiting = np.zeros(experts.shape[1], np.bool_)
-    messages = np.int64(0)
-    node_messages = np.int64(0)
     for token in range(experts.shape[0]):
         stamp = token + 1
         start = home[token]
@@ -436,7 +465,8 @@ def serve_layer(
             for i in range(copies[expert]):
                 rank = where[expert, i]
                 if rank == start or copies[expert] == 1:
-                    load[rank] += 1.0
+                    load[scenario[token], rank] += 1.0
+                    served[rank] += 1
                     used[rank] = stamp
                     used_node[rank // ranks_per_node] = stamp
                     waiting[k] = False
@@ -456,16 +486,19 @@ def serve_layer(
                     tier = 1
                 else:
                     tier = 2
-                if best < 0 or tier < best_tier or (tier == best_tier and load[rank] < load[best]):
+                lighter = tier == best_tier and served[rank] < served[best]
+                if best < 0 or tier < best_tier or lighter:
                     best = rank
                     best_tier = tier
-            load[best] += 1.0
+            load[scenario[token], best] += 1.0
+            served[best] += 1
             used[best] = stamp
             used_node[best // ranks_per_node] = stamp
         for rank in range(num_ranks):
             if used[rank] == stamp and rank != start:
-                messages += 1
+                traffic[workload[token]] += row_prices[rank]
+        if row_prices.size == num_ranks:
+            continue
         for node in range(num_nodes):
             if used_node[node] == stamp and (start < 0 or node != start // ranks_per_node):
-                node_messages += 1
-    return messages, node_messages
+                traffic[workload[token]] += row_prices[num_ranks + node]

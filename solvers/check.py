@@ -171,7 +171,7 @@ def _over_scenarios(problem: Problem, rank_load: NDArray[Any]) -> float:
     if workload is None:
         return float(of_scenario.mean())
     of_workload = np.bincount(workload, of_scenario) / np.bincount(workload)
-    return problem.aggregate(of_workload)
+    return float(problem.aggregate(of_workload))
 
 
 def _changes(
@@ -285,7 +285,7 @@ def _token_figures(problem: Problem, copies: NDArray[np.bool_]) -> dict[str, flo
     if problem.num_workloads > 1:
         tokens_of = np.bincount(problem.token_workload, minlength=problem.num_workloads)
         per_token = traffic / (tokens_of * problem.num_layers)
-        figures["traffic_workloads"] = problem.aggregate(per_token)
+        figures["traffic_workloads"] = float(problem.aggregate(per_token))
     if (copies.sum(axis=2) > 1).any():
         figures["imbalance_served"] = float(_imbalance(problem, own.pairs.sum(axis=0)).mean())
         if problem.scenario is not None:

@@ -264,13 +264,17 @@ class Problem:
         share: NDArray[np.float64] = self.rank_speed / self.rank_speed.mean()
         return share
 
-    def aggregate(self, figures: NDArray[np.float64]) -> float:
-        """What a figure of each workload [W] comes to under `robust`."""
+    def aggregate(self, figures: NDArray[np.float64]) -> NDArray[np.float64]:
+        """[...] what a figure of each workload [..., W] comes to under `robust`."""
+        combined: NDArray[np.float64]
         if self.robust == "worst":
-            return float(figures.max())
-        if self.robust == "cvar":
-            return float(np.sort(figures)[-num_worse(figures.size) :].mean())
-        return float(figures.mean())
+            combined = figures.max(axis=-1)
+        elif self.robust == "cvar":
+            worse = num_worse(figures.shape[-1])
+            combined = np.sort(figures, axis=-1)[..., -worse:].mean(axis=-1)
+        else:
+            combined = figures.mean(axis=-1)
+        return combined
 
 
 def num_worse(num_workloads: int) -> int:

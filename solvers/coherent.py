@@ -1,0 +1,305 @@
+"""Local search for coherent dispatch: neighbouring layers matter to each other.
+
+Odd and even layers are annealed in turn against their neighbours while the temperature falls;
+between sweeps the rank labels of each layer are matched to those of its neighbours by an assignment
+problem, which swaps cannot do. The prices of imbalance and of moves are searched for by bisection,
+those of workloads by multiplicative weights (Arora, Hazan and Kale, Theory of Computing 8, 2012).
+Every other anneal starts from the placement that keeps most primary flow (`solvers.chain`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from solvers.budget import Budget
+from solvers.layers import Floats, Layers, Prices, Slots, Words, anneal, cover, cover_levels
+from solvers.parallel import available_cores
+from solvers.problem import Problem
+from solvers.result import NoSolutionFound
+from solvers.selection import Caps
+
+ROUNDS = 6
+SWEEPS = 24
+FIRST_HEAT, COLD = 2.0, 1 / 300
+FIRST_PRICE = 2.0
+CHAIN_SHARE = 0.2
+REWEIGHT = 8.0  # how strongly workloads that fare worse gain weight
+
+
+@dataclass(frozen=True, eq=False)
+class Visited:
+    """A placement that an anneal ended with.
+
+    Attributes:
+        cost: what the objective makes of it, workloads by `robust`.
+        imbalance: likewise.
+        traffic: [workloads] messages per token and layer.
+        moves: over all layers.
+        placement: [L] slots.
+    """
+
+    cost: float
+    imbalance: float
+    traffic: Floats
+    moves: int
+    placement: list[Slots]
+
+
+@dataclass(eq=False)
+class Bisection:
+    """The least price at which something keeps its cap."""
+
+    price: float
+    low: float = 0.0
+    high: float = float("inf")
+
+    def tell(self, kept: bool) -> None:
+        """The last price did or did not; move on to the next to try."""
+        if kept:
+            self.high = min(self.high, self.price)
+        else:
+            self.low = max(self.low, self.price)
+        if self.high == float("inf"):
+            self.price = self.low * 3
+        elif self.low > 0:
+            self.price = (self.low * self.high) ** 0.5
+        else:
+            self.price = self.high / 3
+
+
+@dataclass(eq=False)
+class Search:
+    """Anneals of all layers, and what they ended with."""
+
+    layers: Layers
+    seed: int
+    budget: Budget
+    caps: Caps
+    executor: Executor
+    visited: list[Visited] = field(default_factory=list)
+
+    @property
+    def problem(self) -> Problem:
+        return self.layers.problem
+
+    def width(self, layer: int) -> int:
+        """Slots per rank of a layer: a slot budget is spread evenly."""
+        problem = self.problem
+        if problem.slot_budget is None:
+            return problem.slots_per_rank
+        each, more = divmod(problem.slot_budget, problem.num_layers)
+        return min(problem.slots_per_rank, each + (layer < more))
+
+    def starts(self) -> list[Slots]:
+        layers = range(self.problem.num_layers)
+        return [self.layers.start(layer, self.width(layer)) for layer in layers]
+
+    def run(
+        self, prices: Prices, number: int, placement: list[Slots], hot: float = FIRST_HEAT
+    ) -> Visited:
+        """One anneal from `placement`; remembered unless it never began."""
+        problem, layers = self.problem, self.layers
+        steps = max(1, 600 * max(32, problem.num_experts) // SWEEPS)
+        ratio = (COLD * FIRST_HEAT / hot) ** (1 / SWEEPS)
+        for sweep in range(SWEEPS):
+            for parity in (0, 1):
+                if self.budget.expired():
+                    break
+
+                def job(
+                    layer: int, now: list[Slots] = placement, hot: float = hot, sweep: int = sweep
+                ) -> Slots:
+                    return anneal(
+                        layers, layer, now[layer], self.width(layer), prices, proposals=steps,
+                        seed=(self.seed, layer, number, sweep), hot=hot, cold=hot * ratio,
+                        neighbours=(
+                            now[layer - 1] if layer > 0 else None,
+                            now[layer + 1] if layer + 1 < problem.num_layers else None,
+                        ),
+                    )  # fmt: skip
+
+                moved = list(self.executor.map(job, range(parity, problem.num_layers, 2)))
+                placement = list(placement)
+                placement[parity::2] = moved
+            hot *= ratio
+            if sweep % 3 == 2:
+                placement = self.aligned(placement)
+        found = self.judged(self.aligned(placement))
+        self.visited.append(found)
+        return found
+
+    def aligned(self, placement: list[Slots]) -> list[Slots]:
+        """With matched rank labels, where ranks are alike and that saves messages."""
+        problem = self.problem
+        alike = problem.pinned is None and problem.current is None and problem.rank_slots is None
+        if not alike or problem.rank_speed is not None or problem.link_cost is not None:
+            return placement
+        matched = match_labels(self.layers, placement)
+        before, after = (coherent_traffic(self.layers, which) for which in (placement, matched))
+        return matched if after.sum() <= before.sum() else placement
+
+    def judged(self, placement: list[Slots]) -> Visited:
+        problem, layers = self.problem, self.layers
+        traffic = coherent_traffic(layers, placement)
+        imbalance = np.mean([layers.imbalance(i, s) for i, s in enumerate(placement)], axis=0)
+        return Visited(
+            float(problem.aggregate(traffic + self.caps.floor * imbalance)),
+            float(problem.aggregate(imbalance)),
+            traffic,
+            sum(layers.moves(i, s) for i, s in enumerate(placement)),
+            placement,
+        )
+
+    def keeps(self, found: Visited) -> bool:
+        caps = self.caps
+        balanced = caps.imbalance is None or found.imbalance <= caps.imbalance
+        return balanced and (caps.moves is None or found.moves <= caps.moves)
+
+    def best(self) -> list[Slots]:
+        if not self.visited:
+            raise NoSolutionFound("the time limit passed before the first anneal ended")
+        kept = [found for found in self.visited if self.keeps(found)]
+        if kept:
+            return min(kept, key=lambda found: found.cost).placement
+        few = [v for v in self.visited if self.caps.moves is None or v.moves <= self.caps.moves]
+        return min(few or self.visited, key=lambda found: found.imbalance).placement
+
+
+def search_coherent(layers: Layers, seed: int, budget: Budget, caps: Caps) -> list[Slots]:
+    """The best placement under the caps that a few anneals find, see the module's docstring."""
+    problem = layers.problem
+    with ThreadPoolExecutor(available_cores()) as executor:
+        search = Search(layers, seed, budget, caps, executor)
+        starts = search.starts()
+        if problem.current is not None:
+            search.visited.append(search.judged(starts))
+        chained = _chained(search)
+        floor = caps.floor
+        load = Bisection(max(FIRST_PRICE, 3 * floor), floor)
+        move = Bisection(0.3 * layers.token_share)
+        weight = np.full(problem.num_workloads, 1 / problem.num_workloads)
+        number = 0
+        while number < ROUNDS or (budget.seconds is not None and not budget.expired()):
+            price = floor if caps.imbalance is None else load.price
+            prices = Prices(
+                tuple(weight.tolist()),
+                tuple((price * weight).tolist()),
+                0.0 if caps.moves is None else move.price,
+            )
+            warm = number % 2 == 1 and chained is not None
+            found = search.run(
+                prices, number, chained if warm and chained is not None else starts,
+                FIRST_HEAT / 4 if warm else FIRST_HEAT,
+            )  # fmt: skip
+            if caps.imbalance is not None:
+                load.tell(found.imbalance <= caps.imbalance)
+            if caps.moves is not None:
+                move.tell(found.moves <= caps.moves)
+            if problem.robust != "mean":
+                worse = found.traffic / found.traffic.mean() - 1
+                weight = weight * np.exp(REWEIGHT * worse)
+                weight /= weight.sum()
+            number += 1
+            if budget.expired() or number >= 4 * ROUNDS:
+                break
+        return search.best()
+
+
+def match_labels(layers: Layers, placement: list[Slots]) -> list[Slots]:
+    """Relabel the ranks of each layer so that most tokens find an expert where they are.
+
+    With the neighbours fixed, the best labels of a layer are a linear assignment problem over ranks
+    (over nodes first, then over the ranks of each node, when there are several nodes). Tokens of
+    every workload count alike.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    problem = layers.problem
+    ranks, width = problem.num_ranks, problem.slots_per_rank
+    placement = [slots.copy() for slots in placement]
+
+    def gains(layer: int, groups: int) -> NDArray[np.int64]:
+        """[groups here, label] tokens that would not move."""
+        total = np.zeros((groups, groups), np.int64)
+        here = cover(layers.bits[layer], placement[layer], groups)
+        if layer > 0:
+            home = cover(layers.primary_bits[layer - 1], placement[layer - 1], groups)
+            total += _common(here, home)
+        if layer + 1 < problem.num_layers:
+            leave = cover(layers.primary_bits[layer], placement[layer], groups)
+            after = cover(layers.bits[layer + 1], placement[layer + 1], groups)
+            total += _common(leave, after)
+        return total
+
+    def relabel(layer: int, groups: int, order: NDArray[np.int64]) -> None:
+        placement[layer] = placement[layer].reshape(groups, -1)[order].reshape(-1)
+
+    for _ in range(2):
+        for layer in range(problem.num_layers):
+            if problem.num_nodes > 1:
+                group, label = linear_sum_assignment(gains(layer, problem.num_nodes), maximize=True)
+                relabel(layer, problem.num_nodes, group[np.argsort(label)])
+            gain = gains(layer, ranks)
+            for node in range(problem.num_nodes):
+                inside = slice(node * problem.ranks_per_node, (node + 1) * problem.ranks_per_node)
+                group, label = linear_sum_assignment(gain[inside, inside], maximize=True)
+                block = placement[layer].reshape(ranks, width)[inside]
+                block[:] = block[group[np.argsort(label)]]
+    return placement
+
+
+def _common(first: Words, second: Words) -> NDArray[np.int64]:
+    """[R, Q] set bits that rows [R, words] and [Q, words] share; O(R Q words)."""
+    shared = np.empty((len(first), len(second)), np.int64)
+    for index, row in enumerate(first):
+        shared[index] = np.bitwise_count(row & second).sum(axis=1, dtype=np.int64)
+    return shared
+
+
+def coherent_traffic(layers: Layers, placement: Sequence[Slots]) -> Floats:
+    """[workloads] mean over layers of 2 x span less 1 for each token that finds an expert at home.
+
+    At the rows' prices.
+    """
+    prices = layers.row_prices
+    total = np.zeros(layers.num_tokens.size)
+    home: Words | None = None
+    for layer, slots in enumerate(placement):
+        here = cover_levels(layers, layers.bits[layer], slots)
+        total += 2 * layers.priced(here, prices)
+        if home is not None:
+            total -= layers.priced(here & home, prices)
+        home = cover_levels(layers, layers.primary_bits[layer], slots)
+    return total / len(placement)
+
+
+def _chained(search: Search) -> list[Slots] | None:
+    """The placement that keeps most primary flow on its rank, where nothing else is asked."""
+    from solvers.chain import effort_for, keep_flow
+
+    problem = search.problem
+    plain = problem.pinned is None and problem.rank_slots is None and problem.current is None
+    flow = problem.primary_affinity
+    if not plain or flow is None or problem.num_layers < 2:
+        return None
+    even = np.array_split(np.arange(problem.num_experts), problem.num_ranks)
+    sizes = np.array([part.size for part in even])
+    effort = effort_for(problem.num_layers, problem.num_experts, problem.num_ranks)
+    effort = replace(
+        effort, num_starts=max(2, effort.num_starts // 4), num_rounds=max(2, effort.num_rounds // 4)
+    )
+    rng = np.random.default_rng(search.seed)
+    ranks = keep_flow(flow, sizes, rng, search.budget.part(CHAIN_SHARE), effort)
+    placement = []
+    for row in ranks:
+        slots = np.full((problem.num_ranks, problem.slots_per_rank), -1, np.int64)
+        for rank in range(problem.num_ranks):
+            here = np.nonzero(row == rank)[0]
+            slots[rank, : here.size] = here
+        placement.append(slots.reshape(-1))
+    return placement

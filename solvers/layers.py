@@ -1,0 +1,387 @@
+"""A problem as the annealing kernels want it, and what a placement of one layer costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from solvers.problem import Problem
+
+# A proposal with replicas costs several times one without; fewer tokens do.
+REPLICA_TOKENS = 16384
+
+Words = NDArray[np.uint64]
+Slots = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """One placement of one layer.
+
+    Attributes:
+        slots: [S] expert of each slot, -1 = empty.
+        traffic: [workloads] messages per token, at their prices.
+        imbalance: [workloads] max / mean rank load, averaged over the workload's scenarios.
+        moves: copies on ranks that did not hold them.
+        width: slots per rank that the layer was given.
+    """
+
+    slots: Slots
+    traffic: Floats
+    imbalance: Floats
+    moves: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What a layer is annealed for.
+
+    Attributes:
+        traffic: weight of each workload's messages; they sum to 1.
+        imbalance: price of each workload's max / mean rank load, in messages per token.
+        move, slot: price of a move, and of another slot per rank.
+    """
+
+    traffic: tuple[float, ...]
+    imbalance: tuple[float, ...]
+    move: float = 0.0
+    slot: float = 0.0
+
+    def scaled(self, factor: float) -> Prices:
+        """With `factor` times the price of imbalance."""
+        dearer = tuple(price * factor for price in self.imbalance)
+        return Prices(self.traffic, dearer, self.move, self.slot)
+
+
+@dataclass(frozen=True, eq=False)
+class Layers:
+    """Token bits and loads of every layer.
+
+    Attributes:
+        bits, primary_bits: L arrays [E + 1, words]; the tokens of a workload follow each other,
+            and each workload begins with a new word.
+        segments: [workloads + 1] first word of each workload, and the number of words.
+        num_tokens: [workloads] tokens; all 0 when only load counts.
+        stop: [1] not 0 once the kernels shall end.
+    """
+
+    problem: Problem
+    bits: list[Words]
+    primary_bits: list[Words]
+    segments: NDArray[np.int64]
+    num_tokens: NDArray[np.int64]
+    stop: NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))
+
+    @property
+    def has_tokens(self) -> bool:
+        return bool(self.num_tokens.any())
+
+    @property
+    def coupled(self) -> bool:
+        """Whether neighbouring layers matter to each other."""
+        return self.problem.dispatch == "coherent" and self.has_tokens
+
+    @property
+    def replicates(self) -> bool:
+        """Whether there are slots to spare and tokens to choose copies."""
+        problem = self.problem
+        return problem.num_slots > problem.num_experts and self.has_tokens and not self.coupled
+
+    @cached_property
+    def loads(self) -> Floats:
+        """[L, C, E + 1] load in units of its scenario's mean rank load, 0 for an empty slot."""
+        problem = self.problem
+        loads = problem.load[None] if problem.scenario_load is None else problem.scenario_load
+        mean = np.maximum(loads.sum(axis=2, keepdims=True) / problem.num_ranks, 1e-300)
+        return np.ascontiguousarray(np.pad(loads / mean, ((0, 0), (0, 0), (0, 1))).swapaxes(0, 1))
+
+    @cached_property
+    def workload(self) -> NDArray[np.int64]:
+        """[C] workload of each scenario."""
+        given = self.problem.workload
+        return np.zeros(self.loads.shape[1], np.int64) if given is None else given
+
+    @cached_property
+    def shares(self) -> Floats:
+        """[C] what a scenario counts for in its workload's imbalance."""
+        return 1.0 / np.bincount(self.workload)[self.workload]
+
+    @cached_property
+    def groups(self) -> NDArray[np.int64]:
+        """Groups of slots at each level at which messages count: ranks, and nodes if they do."""
+        problem = self.problem
+        nodes = problem.num_nodes > 1 and problem.node_weight > 0 and problem.link_cost is None
+        return np.array([problem.num_ranks, problem.num_nodes][: 1 + nodes], np.int64)
+
+    @cached_property
+    def row_prices(self) -> Floats:
+        """[sum of groups] what a message to each rank costs, and to each node.
+
+        With `link_cost` a rank's price is the mean over the ranks that a message may come from.
+        """
+        problem = self.problem
+        if problem.link_cost is not None:
+            others = max(1, problem.num_ranks - 1)
+            return np.ascontiguousarray(problem.link_cost.sum(axis=0) / others)
+        return np.repeat([1.0, problem.node_weight][: self.groups.size], self.groups)
+
+    @property
+    def heat(self) -> float:
+        """First temperature, in messages per token: a fraction of what one swap moves."""
+        return 0.16 * self.token_share
+
+    @cached_property
+    def token_share(self) -> float:
+        """Share of the tokens that a mean expert has in a layer."""
+        tokens = self.problem.tokens
+        if tokens is None:
+            return 0.0
+        return float((tokens >= 0).mean()) * tokens.shape[2] / self.problem.num_experts
+
+    def uniform_prices(self, imbalance: float, move: float = 0.0) -> Prices:
+        """Every workload alike."""
+        count = self.num_tokens.size
+        return Prices((1 / count,) * count, (imbalance / count,) * count, move)
+
+    def held(self, layer: int) -> NDArray[np.bool_]:
+        """[E + 1, G] whether an expert on a rank is no move; the last row is true."""
+        problem = self.problem
+        if problem.current is None:
+            return np.ones((problem.num_experts + 1, problem.num_ranks), np.bool_)
+        held = np.zeros((problem.num_experts + 1, problem.num_ranks), np.bool_)
+        row = problem.current[layer]
+        slot = np.nonzero(row >= 0)[0]
+        held[row[slot], slot // problem.slots_per_rank] = True
+        held[-1] = True
+        return held
+
+    def room(self, layer: int, width: int) -> NDArray[np.int64]:
+        """[G] slots that each rank may fill when the layer gets `width` per rank."""
+        return np.minimum(self.problem.slots_of_ranks[layer], width)
+
+    def free(self, layer: int, slots: Slots, width: int) -> NDArray[np.int64]:
+        """[F] slots that may change: not those beyond a rank's room, nor those with a pin."""
+        problem = self.problem
+        place = np.arange(slots.size) % problem.slots_per_rank
+        rank = np.arange(slots.size) // problem.slots_per_rank
+        free = place < self.room(layer, width)[rank]
+        if problem.pinned is not None:
+            wanted = np.append(problem.pinned[layer], -1)[slots]
+            free &= wanted != rank
+        return np.nonzero(free)[0]
+
+    def spread(self, layer: int, width: int) -> Slots:
+        """[S] experts in their order, as evenly as room and pins allow; spare slots empty."""
+        problem = self.problem
+        room = self.room(layer, width)
+        pinned = np.full(problem.num_experts, -1)
+        if problem.pinned is not None:
+            pinned = problem.pinned[layer]
+        count = np.bincount(pinned[pinned >= 0], minlength=problem.num_ranks)
+        for _ in range(problem.num_experts - int(count.sum())):
+            open_ranks = np.nonzero(count < room)[0]
+            count[open_ranks[np.argmin(count[open_ranks])]] += 1
+        rest = iter(np.nonzero(pinned < 0)[0].tolist())
+        row = np.full((problem.num_ranks, problem.slots_per_rank), -1, np.int64)
+        for rank in range(problem.num_ranks):
+            here = np.nonzero(pinned == rank)[0].tolist()
+            here += [next(rest) for _ in range(int(count[rank]) - len(here))]
+            row[rank, : len(here)] = here
+        return row.reshape(-1)
+
+    def start(self, layer: int, width: int) -> Slots:
+        """The current placement where it is allowed, else `spread`."""
+        problem = self.problem
+        if problem.current is None:
+            return self.spread(layer, width)
+        rows = problem.current[layer].reshape(problem.num_ranks, -1)
+        packed = np.take_along_axis(rows, np.argsort(rows < 0, axis=1, kind="stable"), axis=1)
+        filled = (packed >= 0).sum(axis=1)
+        if (filled > self.room(layer, width)).any():
+            return self.spread(layer, width)
+        if problem.pinned is not None:
+            for expert in np.nonzero(problem.pinned[layer] >= 0)[0]:
+                if expert not in packed[problem.pinned[layer, expert]]:
+                    return self.spread(layer, width)
+        return packed.reshape(-1)
+
+    def token_prices(self, prices: Prices) -> Floats:
+        """[workloads] of one message of one token."""
+        return np.array(prices.traffic) / np.maximum(1, self.num_tokens)
+
+    def load_prices(self, prices: Prices) -> Floats:
+        """[C] of each scenario's max / mean rank load."""
+        return np.array(prices.imbalance)[self.workload] * self.shares
+
+    def imbalance(self, layer: int, slots: Slots) -> Floats:
+        """[workloads] of a layer whose experts have a copy each."""
+        num_ranks = self.problem.num_ranks
+        load = self.loads[layer][:, slots].reshape(-1, num_ranks, slots.size // num_ranks).sum(2)
+        return self._of_workloads(load)
+
+    def _of_workloads(self, load: Floats) -> Floats:
+        """[workloads] imbalance from rank loads [C, G] in any unit."""
+        mean = load.mean(axis=1)
+        worst = (load / self.problem.fair_share).max(axis=1)
+        ratio = np.divide(worst, mean, out=np.ones_like(mean), where=mean > 0)
+        return np.bincount(self.workload, ratio * self.shares, minlength=self.num_tokens.size)
+
+    def moves(self, layer: int, slots: Slots) -> int:
+        rank = np.arange(slots.size) // self.problem.slots_per_rank
+        return int((~self.held(layer)[slots, rank]).sum())
+
+    def candidate(self, layer: int, slots: Slots, width: int) -> Candidate:
+        """What a layer costs by itself (alltoall dispatch): span, or messages with replicas."""
+        if self.replicates:
+            traffic, imbalance = self._served(layer, slots)
+        else:
+            traffic, imbalance = self._span(layer, slots), self.imbalance(layer, slots)
+        return Candidate(slots, traffic, imbalance, self.moves(layer, slots), width)
+
+    def _span(self, layer: int, slots: Slots) -> Floats:
+        covered = cover_levels(self, self.bits[layer], slots)
+        return self.priced(covered, self.row_prices)
+
+    def priced(self, rows: Words, row_prices: Floats) -> Floats:
+        """[workloads] set bits of rows [R, words] at the rows' prices, per token."""
+        count = np.bitwise_count(rows).astype(np.float64)
+        by_word = row_prices @ count
+        total = np.diff(np.append(0.0, np.cumsum(by_word))[self.segments])
+        priced: Floats = total / np.maximum(1, self.num_tokens)
+        return priced
+
+    def _served(self, layer: int, slots: Slots) -> tuple[Floats, Floats]:
+        """Every token chooses its copies, as in a replay."""
+        from solvers.anneal_replicas import serve_layer
+
+        problem = self.problem
+        assert problem.tokens is not None
+        count = len(problem.tokens)
+        home = np.full(count, -1) if problem.home is None else problem.home
+        scenario = np.zeros(count, np.int64) if problem.scenario is None else problem.scenario
+        num_scenarios = 1 if problem.scenario is None else self.loads.shape[1]
+        load = np.zeros((num_scenarios, problem.num_ranks))
+        traffic = np.zeros(problem.num_workloads)
+        serve_layer(
+            np.ascontiguousarray(problem.tokens[:, layer]), slots, problem.num_experts,
+            problem.num_nodes, home, scenario, problem.token_workload, self.row_prices, load,
+            traffic,
+        )  # fmt: skip
+        traffic /= np.bincount(problem.token_workload, minlength=traffic.size)
+        if problem.scenario is not None:
+            return traffic, self._of_workloads(load)
+        worst = (load[0] / problem.fair_share).max()
+        return traffic, np.full(traffic.size, worst / load.mean() if load.any() else 1.0)
+
+
+def cover(bits: Words, slots: Slots, groups: int) -> Words:
+    """[groups, words] tokens with an expert in each of `groups` equal runs of slots."""
+    from solvers.anneal import cover as cover_run
+
+    covered = np.zeros((groups, bits.shape[1]), np.uint64)
+    scratch = np.zeros(bits.shape[1], np.uint64)
+    width = slots.size // groups
+    for group in range(groups):
+        cover_run(bits, slots, group * width, (group + 1) * width, covered[group], scratch)
+    return covered
+
+
+def cover_levels(layers: Layers, bits: Words, slots: Slots) -> Words:
+    """[sum of groups, words] `cover` at every level, stacked."""
+    return np.concatenate([cover(bits, slots, int(groups)) for groups in layers.groups])
+
+
+def anneal(
+    layers: Layers,
+    layer: int,
+    slots: Slots,
+    width: int,
+    prices: Prices,
+    *,
+    proposals: int,
+    seed: Sequence[int],
+    hot: float = 1.0,
+    cold: float = 1.0 / 200,
+    neighbours: tuple[Slots | None, Slots | None] = (None, None),
+) -> Slots:
+    """A copy of `slots`, annealed from hot to cold times the layer's own heat.
+
+    Args:
+        width: slots per rank that may be filled.
+        neighbours: slots of the layers before and after, where they matter (coherent dispatch).
+    """
+    from solvers.anneal import anneal_layer
+    from solvers.anneal_replicas import anneal_layer_replicas
+
+    problem = layers.problem
+    bits = layers.bits[layer]
+    result = slots.copy()
+    per_rank = problem.num_ranks / problem.num_experts
+    heat = layers.heat + 0.02 * sum(prices.imbalance) * per_rank
+    common = (
+        bits, layers.segments, layers.token_prices(prices), layers.groups, layers.row_prices,
+        layers.loads[layer], layers.load_prices(prices), layers.problem.fair_share,
+        layers.held(layer), prices.move, result, layers.free(layer, slots, width),
+        hot * heat, (cold / hot) ** (1.0 / proposals), proposals,
+        int(np.random.SeedSequence(list(seed)).generate_state(1)[0]),
+    )  # fmt: skip
+    if layers.replicates and (slots.size > problem.num_experts):
+        # an expert is drawn in proportion to its load, and once more
+        relative = layers.loads[layer].mean(axis=0)[:-1]
+        draws = 1 + np.round(8 * relative / per_rank)
+        anneal_layer_replicas(
+            *common, np.repeat(np.arange(problem.num_experts), draws.astype(int)), layers.stop
+        )
+        return result
+    primary_bits = home = next_once = None
+    if layers.coupled:
+        primary_bits = layers.primary_bits[layer]
+        home = next_once = np.zeros((layers.groups.sum(), bits.shape[1]), np.uint64)
+        before, after = neighbours
+        if before is not None:
+            home = cover_levels(layers, layers.primary_bits[layer - 1], before)
+        if after is not None:
+            next_once = cover_levels(layers, layers.bits[layer + 1], after)
+    anneal_layer(*common, primary_bits, home, next_once, layers.stop)
+    return result
+
+
+def prepare(problem: Problem) -> Layers:
+    """Pack the problem's tokens, workload by workload."""
+    from solvers.anneal import pack_bits
+
+    num_experts, num_layers = problem.num_experts, problem.num_layers
+    if problem.tokens is None or problem.dispatch == "allgather":
+        none = [np.zeros((num_experts + 1, 0), np.uint64)] * num_layers
+        zero = np.zeros(problem.num_workloads + 1, np.int64)
+        return Layers(problem, none, none, zero, zero[1:])
+    stride = 1
+    if problem.num_slots > num_experts and problem.dispatch == "alltoall":
+        stride = -(-len(problem.tokens) // REPLICA_TOKENS)
+    workload = problem.token_workload[::stride]
+    kept = np.argsort(workload, kind="stable")
+    num_tokens = np.bincount(workload, minlength=problem.num_workloads)
+    words = -(-num_tokens // 64)
+    segments = np.append(0, np.cumsum(words))
+    # row of each kept token: those of a workload begin with a new word
+    first = segments[:-1] - np.append(0, np.cumsum(num_tokens))[:-1] / 64
+    row = np.arange(kept.size) + np.round(first[workload[kept]] * 64).astype(np.int64)
+
+    def packed(columns: NDArray[np.integer]) -> Words:
+        padded = np.full((int(segments[-1]) * 64, columns.shape[1]), -1, np.int64)
+        padded[row] = columns[::stride][kept]
+        bits: Words = pack_bits(padded, num_experts)
+        return bits
+
+    bits = [packed(problem.tokens[:, layer]) for layer in range(num_layers)]
+    primary_bits = bits
+    if problem.dispatch == "coherent":
+        primary = problem.tokens[:, :, 0] if problem.primary is None else problem.primary
+        primary_bits = [packed(primary[:, layer : layer + 1]) for layer in range(num_layers)]
+    return Layers(problem, bits, primary_bits, segments, num_tokens)
