@@ -123,12 +123,16 @@ class Layers:
     def row_prices(self) -> Floats:
         """[sum of groups] what a message to each rank costs, and to each node.
 
-        With `link_cost` a rank's price is the mean over the ranks that a message may come from.
+        With `link_cost` a rank's price is the mean over the home ranks of the tokens; with coherent
+        dispatch, where tokens have no lasting home, over all the other ranks.
         """
         problem = self.problem
         if problem.link_cost is not None:
-            others = max(1, problem.num_ranks - 1)
-            return np.ascontiguousarray(problem.link_cost.sum(axis=0) / others)
+            share = np.full(problem.num_ranks, 1 / max(1, problem.num_ranks - 1))
+            if problem.home is not None and not self.coupled:
+                count = np.bincount(problem.home, minlength=problem.num_ranks)
+                share = count / count.sum()
+            return np.ascontiguousarray(share @ problem.link_cost)
         return np.repeat([1.0, problem.node_weight][: self.groups.size], self.groups)
 
     @property
@@ -142,7 +146,7 @@ class Layers:
         tokens = self.problem.tokens
         if tokens is None:
             return 0.0
-        return float((tokens >= 0).mean()) * tokens.shape[2] / self.problem.num_experts
+        return float((tokens >= 0).sum(axis=2).mean()) / self.problem.num_experts
 
     def uniform_prices(self, imbalance: float, move: float = 0.0) -> Prices:
         """Every workload alike."""
@@ -163,7 +167,8 @@ class Layers:
 
     def room(self, layer: int, width: int) -> NDArray[np.int64]:
         """[G] slots that each rank may fill when the layer gets `width` per rank."""
-        return np.minimum(self.problem.slots_of_ranks[layer], width)
+        room: NDArray[np.int64] = np.minimum(self.problem.slots_of_ranks[layer], width)
+        return room
 
     def free(self, layer: int, slots: Slots, width: int) -> NDArray[np.int64]:
         """[F] slots that may change: not those beyond a rank's room, nor those with a pin."""
@@ -230,7 +235,9 @@ class Layers:
         mean = load.mean(axis=1)
         worst = (load / self.problem.fair_share).max(axis=1)
         ratio = np.divide(worst, mean, out=np.ones_like(mean), where=mean > 0)
-        return np.bincount(self.workload, ratio * self.shares, minlength=self.num_tokens.size)
+        return np.bincount(
+            self.workload, ratio * self.shares, minlength=self.num_tokens.size
+        ).astype(np.float64)
 
     def moves(self, layer: int, slots: Slots) -> int:
         rank = np.arange(slots.size) // self.problem.slots_per_rank

@@ -40,10 +40,11 @@ LADDER = (0.0, 0.1, 0.2, 0.4, 0.7, 1.2, 2.0, 4.0, 10.0, 40.0)
 # Prices of a move, in shares of the tokens of a mean expert.
 MOVE_LADDER = (0.03, 0.1, 0.3, 1.0, 3.0)
 BALANCE_PRICE = ELASTIC_PRICE
-ROUNDS = 2
+ROUNDS = 3
 AROUND = (1 / 1.6, 1.0, 1.6)
 PATIENCE = 2  # rounds without improvement after which even a longer time limit ends the search
 IMPROVEMENT = 2e-4
+WARM = 0.25  # of the first temperature, when an anneal goes on from a good placement
 
 
 @dataclass(eq=False)
@@ -88,11 +89,19 @@ class Search:
     @property
     def proposals(self) -> int:
         """Of a long anneal of one layer."""
-        long = 600 * max(32, self.problem.num_experts)
-        return long // 2 if self.layers.replicates else long
+        return 600 * max(32, self.problem.num_experts)
 
-    def extend(self, wanted: Sequence[Prices], proposals: int) -> None:
-        """Anneal every layer under each of the prices."""
+    def favourite(self, layer: int, width: int, price: Prices) -> Slots:
+        """The slots of the candidate that is worth most at a price."""
+        pool = [candidate for candidate in self.pools[layer] if candidate.width == width]
+        traffic, imbalance = np.array(price.traffic), np.array(price.imbalance)
+        best = min(
+            pool, key=lambda c: c.traffic @ traffic + c.imbalance @ imbalance + price.move * c.moves
+        )
+        return best.slots
+
+    def extend(self, wanted: Sequence[Prices], proposals: int, *, warm: bool = False) -> None:
+        """Anneal every layer under each of the prices, from the start or from what is there."""
         self.rounds += 1
         jobs = [
             (layer, width, number, price)
@@ -105,9 +114,12 @@ class Search:
             layer, width, number, price = job
             if self.budget.expired():
                 return None
+            start, hot = self.layers.start(layer, width), 1.0
+            if warm:
+                start, hot = self.favourite(layer, width, price), WARM
             slots = anneal(
-                self.layers, layer, self.layers.start(layer, width), width, price,
-                proposals=proposals, seed=(self.seed, layer, width, self.rounds, number),
+                self.layers, layer, start, width, price, proposals=proposals, hot=hot,
+                seed=(self.seed, layer, width, self.rounds, number),
             )  # fmt: skip
             return layer, self.layers.candidate(layer, slots, width)
 
@@ -116,14 +128,14 @@ class Search:
                 if found is not None:
                     self.pools[found[0]].append(found[1])
 
-    def improve(self, caps: Sequence[Caps]) -> None:
+    def improve(self, caps: Sequence[Caps], *, warm: bool) -> None:
         """Anneal around the prices at which the candidates trade under each of the caps."""
         wanted: dict[Prices, None] = {}
         for cap in caps:
             settled = prices(self.pools, self.problem, cap)
             dear = sum(settled.imbalance) > cap.floor
             wanted |= dict.fromkeys(settled.scaled(f) for f in (AROUND if dear else (1.0,)))
-        self.extend(list(wanted), self.proposals)
+        self.extend(list(wanted), self.proposals, warm=warm)
 
     def placement(self, caps: Caps) -> list[Slots]:
         """The best choice so far."""
@@ -134,13 +146,13 @@ def search_layers(layers: Layers, seed: int, budget: Budget, caps: Caps) -> list
     """The layers' best placements under the caps, see the module's docstring (alltoall)."""
     search = Search(layers, seed, budget)
     search.begin(caps.floor, capped=caps != Caps(floor=caps.floor))
-    for _ in range(ROUNDS):
-        search.improve([caps])
+    for number in range(ROUNDS):
+        search.improve([caps], warm=number > 0)
     best = search.placement(caps)
     idle = 0
     while budget.seconds is not None and idle < PATIENCE and not budget.expired():
         before = _worth(search, caps)
-        search.improve([caps])
+        search.improve([caps], warm=search.rounds % 2 == 0)
         idle = 0 if _worth(search, caps) < before - IMPROVEMENT * abs(before) else idle + 1
         best = search.placement(caps)
     return best

@@ -90,8 +90,6 @@ class _Program:
     """
 
     def __init__(self, pools: Sequence[Sequence[Candidate]], problem: Problem, caps: Caps) -> None:
-        from scipy.sparse import csr_array
-
         self.pools, self.caps, self.problem = pools, caps, problem
         self.flat = flat = [candidate for pool in pools for candidate in pool]
         ends = np.cumsum([len(pool) for pool in pools]).tolist()
@@ -124,9 +122,8 @@ class _Program:
         self.limits = np.array(self._limits)
         self.cost = np.array(self._cost)
         self.lower, self.upper = np.array(self._lower), np.array(self._upper)
-        self.one_each: Any = csr_array(
-            (np.ones(columns), (layer, np.arange(columns))), shape=(len(pools), size)
-        )
+        self.one_each = np.zeros((len(pools), size))
+        self.one_each[layer, np.arange(columns)] = 1.0
 
     def _column(self, lower: float, upper: float, cost: float) -> int:
         self._lower.append(lower)
@@ -178,7 +175,7 @@ class _Program:
             b_ub=self.limits,
             A_eq=self.one_each,
             b_eq=np.ones(len(self.pools)),
-            bounds=np.stack([self.lower, self.upper], axis=1),
+            bounds=list(zip(self.lower.tolist(), self.upper.tolist(), strict=True)),
             method="highs",
         )
 

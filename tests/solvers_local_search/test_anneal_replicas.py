@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from solvers.anneal import pack_bits
+from solvers.anneal import SQUARE_SHARE, pack_bits
 from solvers.anneal_replicas import anneal_layer_replicas, serve_layer
 
 
 def figures_from_scratch(tokens, slots, relative, groups, weights):
-    """Traffic of a token and max / mean rank load, as the kernel's module describes them."""
+    """Traffic of a token and rank load / mean [G], as the kernel's module describes them."""
     num_ranks = groups[0]
     width = slots.size // num_ranks
     where = {e: sorted(s // width for s in np.flatnonzero(slots == e)) for e in set(slots) - {-1}}
@@ -56,7 +56,7 @@ def figures_from_scratch(tokens, slots, relative, groups, weights):
                 high = level
         for g in ranks:
             load[g] = max(load[g], high)
-    return traffic / len(tokens), load.max()
+    return traffic / len(tokens), load
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -75,18 +75,20 @@ def test_the_running_figures_are_those_of_the_slots_that_come_back(seed, num_nod
     slots = slots.reshape(-1)
     groups = np.array([num_ranks, num_nodes][: 1 + (num_nodes > 1)], np.int64)
     weights = np.array([1.0, 2.0][: groups.size])
-    found = np.zeros(2)
-    anneal_layer_replicas(
-        bits, relative, load.astype(np.int64), np.arange(num_experts), slots, groups, weights,
-        1 / len(tokens), 0.7, 0.05, 0.3, 0.999, proposals, seed, found,
+    row_prices = np.repeat(weights, groups)
+    best = anneal_layer_replicas(
+        bits, np.array([0, bits.shape[1]]), np.array([1 / len(tokens)]), groups, row_prices,
+        relative[None], np.array([0.7]), np.ones(num_ranks),
+        np.ones((num_experts + 1, num_ranks), bool), 0.0, slots, np.arange(slots.size), 0.3, 0.999,
+        proposals, seed, np.arange(num_experts), np.zeros(1, np.int64),
     )  # fmt: skip
     assert set(slots.tolist()) >= set(range(num_experts))
     for row in slots.reshape(num_ranks, width):
         held = row[row >= 0]
         assert len(set(held.tolist())) == held.size
-    traffic, peak = figures_from_scratch(tokens, slots, relative, groups, weights)
-    assert found[0] == pytest.approx(traffic, abs=1e-9)
-    assert found[1] == pytest.approx(peak, abs=1e-6)
+    traffic, load = figures_from_scratch(tokens, slots, relative, groups, weights)
+    squares = SQUARE_SHARE * (load**2).mean()
+    assert best == pytest.approx(traffic + 0.7 * (load.max() + squares), abs=1e-6)
     if proposals == 400:
         assert (slots >= 0).sum() > num_experts  # replicas were worth it
 
@@ -95,10 +97,14 @@ def test_serving_without_replicas_is_the_span_less_the_home_rank():
     rng = np.random.default_rng(3)
     tokens = np.stack([rng.permutation(8)[:3] for _ in range(50)]).astype(np.int64)
     home = rng.integers(0, 4, 50)
-    load = np.zeros(4)
-    messages, node_messages = serve_layer(tokens, np.arange(8), 8, 4, 2, home, load)
+    load, traffic = np.zeros((2, 4)), np.zeros(2)
+    scenario = workload = np.arange(50) % 2
+    prices = np.array([1.0, 1, 1, 1, 10, 10])
+    serve_layer(tokens, np.arange(8), 8, 2, home, scenario, workload, prices, load, traffic)
     ranks = tokens // 2
-    assert messages == sum(len(set(r) - {h}) for r, h in zip(ranks, home, strict=True))
-    nodes = [({x // 2 for x in r}, h // 2) for r, h in zip(ranks, home, strict=True)]
-    assert node_messages == sum(len(n - {h}) for n, h in nodes)
-    assert load.sum() == 150
+    expected = np.zeros(2)
+    for t, (used, h) in enumerate(zip(ranks, home, strict=True)):
+        nodes = {g // 2 for g in used} - {h // 2}
+        expected[t % 2] += len(set(used) - {h}) + 10 * len(nodes)
+    assert (traffic == expected).all()
+    assert (load == [np.bincount(ranks[c::2].ravel(), minlength=4) for c in (0, 1)]).all()

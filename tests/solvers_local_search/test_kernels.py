@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from solvers import anneal
 
-from .cases import balance, group_of, groups_used, random_tokens
+from .cases import group_of, groups_used, random_tokens
 
 
 def spread(rng, num_experts, num_ranks, width):
@@ -19,31 +21,33 @@ def spread(rng, num_experts, num_ranks, width):
     return slots
 
 
-def traffic(tokens, slots, groups, weights):
-    """Weighted span of one layer, summed over tokens and levels."""
+def traffic(tokens, slots, groups, rows):
+    """Priced span of one layer, summed over tokens and levels; rows: [level][group] prices."""
     total = 0.0
-    for count, weight in zip(groups, weights, strict=True):
+    for count, prices in zip(groups, rows, strict=True):
         where = group_of(slots, count)
-        total += weight * sum(len(groups_used(row, where)) for row in tokens)
+        total += sum(prices[group] for row in tokens for group in groups_used(row, where))
     return total
 
 
-def coherent_traffic(tokens, slots, groups, weights, home, after):
-    """Twice the span less one for each boundary at which a token need not move.
+def coherent_traffic(tokens, slots, groups, rows, home, after):
+    """Twice the span less one for each boundary at which a token need not move, priced.
 
     Args:
         home: per level, [T] group where each token enters, -1 = nowhere.
         after: per level, the groups that each token uses in the next layer.
     """
     total = 0.0
-    for level, (count, weight) in enumerate(zip(groups, weights, strict=True)):
+    for level, (count, prices) in enumerate(zip(groups, rows, strict=True)):
         where = group_of(slots, count)
         for t, row in enumerate(tokens):
             used = groups_used(row, where)
-            stays = home[level][t] in used
+            total += 2 * sum(prices[group] for group in used)
+            if home[level][t] in used:
+                total -= prices[home[level][t]]
             leaves_from = where[int(row[0])] if row[0] >= 0 else None
-            stays_next = leaves_from in after[level][t]
-            total += weight * (2 * len(used) - stays - stays_next)
+            if leaves_from in after[level][t]:
+                total -= prices[leaves_from]
     return total
 
 
@@ -57,6 +61,73 @@ def bits_where(num_groups, inside):
     return rows
 
 
+@dataclass
+class Case:
+    """A layer of two workloads and two scenarios on unequal ranks, in some placement.
+
+    The tokens of the second workload begin with a new word.
+    """
+
+    rng: np.random.Generator
+    tokens: np.ndarray
+    slots: np.ndarray
+    groups: np.ndarray
+    num_experts: int
+
+    def __post_init__(self):
+        rng, num_ranks = self.rng, int(self.groups[0])
+        self.workload = np.arange(len(self.tokens)) >= 64
+        self.segments = np.array([0, 1, -(-len(self.tokens) // 64)])
+        self.token_prices = rng.random(2)
+        self.rows = [rng.random(count) + 0.1 for count in self.groups]
+        load = rng.random((2, self.num_experts)) + 0.1
+        mean = load.sum(axis=1, keepdims=True) / num_ranks
+        self.loads = np.pad(load / mean, ((0, 0), (0, 1)))
+        self.load_prices = np.array([0.7, 0.2])
+        fair = rng.random(num_ranks) + 0.5
+        self.fair = fair / fair.mean()
+        self.held = rng.random((self.num_experts + 1, num_ranks)) < 0.4
+        self.held[-1] = True
+        self.move_price = 0.03
+        self.free = np.sort(rng.permutation(self.slots.size)[: max(2, self.slots.size - 2)])
+
+    def cost(self, slots, of_traffic=traffic, *extra):
+        """From scratch."""
+        total = 0.0
+        for which in (0, 1):
+            chosen = self.workload == bool(which)
+            more = [[np.asarray(x, object)[chosen] for x in levels] for levels in extra]
+            total += self.token_prices[which] * of_traffic(
+                self.tokens[chosen], slots, self.groups, self.rows, *more
+            )
+        return total + self.other_cost(slots)
+
+    def other_cost(self, slots):
+        num_ranks = int(self.groups[0])
+        rank = np.arange(slots.size) // (slots.size // num_ranks)
+        total = 0.0
+        for price, load in zip(self.load_prices, self.loads, strict=True):
+            by_rank = [
+                sum(load[e] for e in slots[rank == g] if e >= 0) / self.fair[g]
+                for g in range(num_ranks)
+            ]
+            squares = sum(x * x * f for x, f in zip(by_rank, self.fair, strict=True)) / num_ranks
+            total += price * (max(by_rank) + anneal.SQUARE_SHARE * squares)
+        moves = sum(not self.held[e, g] for e, g in zip(slots, rank, strict=True) if e >= 0)
+        return total + self.move_price * moves
+
+    def run(self, coherent=(None, None, None), proposals=40):
+        """(returned cost, new slots) of an anneal of a copy."""
+        result = self.slots.copy()
+        returned = anneal.anneal_layer(
+            anneal.pack_bits(self.tokens, self.num_experts), self.segments, self.token_prices,
+            self.groups, np.concatenate(self.rows), self.loads, self.load_prices, self.fair,
+            self.held, self.move_price, result, self.free, 0.5, 0.9, proposals,
+            int(self.rng.integers(2**32)), *coherent, np.zeros(1, np.int64),
+        )  # fmt: skip
+        return returned, result
+
+
 @st.composite
 def layers(draw):
     """A layer's tokens, its slots on some ranks, and levels of groups."""
@@ -65,90 +136,80 @@ def layers(draw):
     num_experts = draw(st.integers(max(2, num_ranks // 2), 12))
     width = -(-num_experts // num_ranks) + draw(st.integers(0, 2))
     tokens = random_tokens(
-        rng, draw(st.integers(1, 90)), 1, num_experts, min(3, num_experts), gaps=True
+        rng, draw(st.integers(66, 150)), 1, num_experts, min(3, num_experts), gaps=True
     )[:, 0]
     nodes = num_ranks % 2 == 0 and draw(st.booleans())
     groups = np.array([num_ranks, 2] if nodes else [num_ranks], np.int64)
-    weights = np.array([1.0, 2.5] if nodes else [1.0])
-    return rng, tokens, spread(rng, num_experts, num_ranks, width), groups, weights, num_experts
-
-
-def run(rng, tokens, slots, groups, weights, num_experts, coherent=None, proposals=40):
-    """Anneal a copy; (returned cost, new slots, cost function of the search)."""
-    load = np.bincount(tokens[tokens >= 0], minlength=num_experts) + rng.random(num_experts)
-    relative = np.append(load / (load.sum() / groups[0]), 0.0)
-    price, square_price, token_price = 0.7, 0.3, 1 / len(tokens)
-    result = slots.copy()
-    bits = anneal.pack_bits(tokens, num_experts)
-    once, twice = np.zeros((2, groups.sum(), bits.shape[1]), np.uint64)
-    extra = (None, None, None) if coherent is None else coherent
-    returned = anneal.anneal_layer(
-        bits, relative, result, slots.copy(), once, twice, groups, weights, token_price, price,
-        square_price, 0.5, 0.9, proposals, int(rng.integers(2**32)), *extra,
-    )  # fmt: skip
-
-    def balance_cost(which):
-        peak, squares = balance(load, which, int(groups[0]))
-        return price * peak + square_price * squares
-
-    return returned, result, token_price, balance_cost
+    return Case(rng, tokens, spread(rng, num_experts, num_ranks, width), groups, num_experts)
 
 
 @settings(max_examples=60, deadline=None)
 @given(case=layers())
 def test_the_cost_of_alltoall_traffic_equals_a_count_from_scratch(case):
-    _, tokens, slots, groups, weights, _ = case
-    returned, result, token_price, balance_cost = run(*case)
-    start = token_price * traffic(tokens, slots, groups, weights)
-    end = token_price * traffic(tokens, result, groups, weights) + balance_cost(result)
-    assert returned + start == pytest.approx(end, abs=1e-9)
-    assert sorted(result) == sorted(slots)
+    returned, result = case.run()
+    start = case.cost(case.slots) - case.other_cost(case.slots)
+    assert returned + start == pytest.approx(case.cost(result), abs=1e-9)
+    assert sorted(result) == sorted(case.slots)
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=layers())
+def test_slots_that_are_not_free_stay_as_they_are(case):
+    _, result = case.run(proposals=200)
+    fixed = np.setdiff1d(np.arange(result.size), case.free)
+    assert (result[fixed] == case.slots[fixed]).all()
 
 
 @settings(max_examples=60, deadline=None)
 @given(case=layers())
 def test_the_cost_of_coherent_traffic_equals_a_count_from_scratch(case):
-    rng, tokens, slots, groups, weights, num_experts = case
-    num_tokens = len(tokens)
-    home = [rng.integers(-1, count, num_tokens) for count in groups]
+    num_tokens = len(case.tokens)
+    home = [case.rng.integers(-1, count, num_tokens) for count in case.groups]
     after = [
-        [set(rng.integers(0, count, 2).tolist()) for _ in range(num_tokens)] for count in groups
+        [set(case.rng.integers(0, count, 2).tolist()) for _ in range(num_tokens)]
+        for count in case.groups
     ]
     stacked_home = np.concatenate(
         [
             bits_where(count, [{int(h)} - {-1} for h in home[level]])
-            for level, count in enumerate(groups)
+            for level, count in enumerate(case.groups)
         ]
     )
     stacked_after = np.concatenate(
-        [bits_where(count, after[level]) for level, count in enumerate(groups)]
+        [bits_where(count, after[level]) for level, count in enumerate(case.groups)]
     )
-    primary_bits = anneal.pack_bits(np.ascontiguousarray(tokens[:, :1]), num_experts)
-    returned, result, token_price, balance_cost = run(
-        *case, coherent=(primary_bits, stacked_home, stacked_after)
-    )
-    start = token_price * coherent_traffic(tokens, slots, groups, weights, home, after)
-    end = token_price * coherent_traffic(tokens, result, groups, weights, home, after)
-    assert returned + start == pytest.approx(end + balance_cost(result), abs=1e-9)
+    primary_bits = anneal.pack_bits(np.ascontiguousarray(case.tokens[:, :1]), case.num_experts)
+    returned, result = case.run((primary_bits, stacked_home, stacked_after))
+    start = case.cost(case.slots, coherent_traffic, home, after) - case.other_cost(case.slots)
+    end = case.cost(result, coherent_traffic, home, after)
+    assert returned + start == pytest.approx(end, abs=1e-9)
 
 
 @settings(max_examples=30, deadline=None)
 @given(case=layers())
 def test_the_state_given_back_is_never_worse_than_the_start(case):
-    _, tokens, slots, groups, weights, _ = case
-    _, result, token_price, balance_cost = run(*case, proposals=200)
-    before, after = (
-        token_price * traffic(tokens, which, groups, weights) + balance_cost(which)
-        for which in (slots, result)
-    )
-    assert after <= before + 1e-9
+    _, result = case.run(proposals=200)
+    assert case.cost(result) <= case.cost(case.slots) + 1e-9
+
+
+def test_a_search_that_is_stopped_gives_back_its_start():
+    rng = np.random.default_rng(0)
+    tokens = random_tokens(rng, 80, 1, 8, 2)[:, 0]
+    case = Case(rng, tokens, spread(rng, 8, 4, 2), np.array([4]), 8)
+    slots = case.slots.copy()
+    anneal.anneal_layer(
+        anneal.pack_bits(tokens, 8), case.segments, case.token_prices, case.groups,
+        np.concatenate(case.rows), case.loads, case.load_prices, case.fair, case.held, 0.0, slots,
+        case.free, 0.5, 0.9, 10**6, 1, None, None, None, np.ones(1, np.int64),
+    )  # fmt: skip
+    assert (slots == case.slots).all()
 
 
 def test_the_kernel_moves_experts_at_all():
     rng = np.random.default_rng(0)
     tokens = random_tokens(rng, 80, 1, 8, 2)[:, 0]
     slots = spread(rng, 8, 4, 2)
-    _, result, _, _ = run(rng, tokens, slots, np.array([4]), np.array([1.0]), 8, proposals=2000)
+    _, result = Case(rng, tokens, slots, np.array([4]), 8).run(proposals=2000)
     assert (result != slots).any()
 
 

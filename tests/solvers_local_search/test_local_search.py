@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import solvers
-from solvers import Budget, NoSolutionFound, check
-from solvers.local_search import _align, _coherent_traffic, _prepare, local_search
+from solvers import Budget, check
+from solvers.coherent import coherent_traffic, match_labels
+from solvers.layers import prepare
+from solvers.local_search import local_search
 
 from .cases import group_of, groups_used, problem_of, random_tokens, topic_tokens
 
@@ -162,13 +164,12 @@ def test_the_same_seed_gives_the_same_placement(dispatch, slots):
     assert first.objective == again.objective
 
 
-def test_an_expired_budget_gives_a_sound_placement_or_says_that_there_is_none():
-    problem = problem_of(topic_tokens(7, num_tokens=100), 16, 4)
+@pytest.mark.parametrize("dispatch", ["alltoall", "coherent"])
+def test_an_expired_budget_gives_a_sound_placement(dispatch):
+    problem = problem_of(topic_tokens(7, num_tokens=100), 16, 4, dispatch=dispatch)
     result = solvers.solve(problem, "local_search", budget=Budget(0.0))
     assert result.termination == "time_limit"
     assert result.status == "feasible"
-    with pytest.raises(NoSolutionFound):
-        solvers.solve(replace(problem, dispatch="coherent"), "local_search", budget=Budget(0.0))
 
 
 def test_a_stopped_budget_ends_the_search_as_interrupted():
@@ -195,8 +196,8 @@ def test_coherent_traffic_equals_a_direct_count(seed, nodes):
                 expected += weight * 2 * len(used)
                 if layer > 0 and token[layer - 1, 0] >= 0:
                     expected -= weight * (where[layer - 1][int(token[layer - 1, 0])] in used)
-    found = _coherent_traffic(_prepare(problem), placement)
-    assert found == pytest.approx(expected / (50 * 3))
+    found = coherent_traffic(prepare(problem), placement)
+    assert found.sum() == pytest.approx(expected / (50 * 3))
 
 
 @QUICK
@@ -205,9 +206,9 @@ def test_aligning_relabels_ranks_and_nothing_else(seed, ranks_per_node):
     rng = np.random.default_rng(seed)
     tokens = topic_tokens(seed % 100, num_tokens=120, num_layers=4, num_experts=8)
     problem = problem_of(tokens, 8, 4, dispatch="coherent", ranks_per_node=ranks_per_node)
-    layers = _prepare(problem)
+    layers = prepare(problem)
     before = [rng.permutation(8) for _ in range(4)]
-    after = _align(layers, before)
+    after = match_labels(layers, before)
     for old, new in zip(before, after, strict=True):
         assert {frozenset(r) for r in old.reshape(4, 2)} == {
             frozenset(r) for r in new.reshape(4, 2)
@@ -217,7 +218,8 @@ def test_aligning_relabels_ranks_and_nothing_else(seed, ranks_per_node):
             frozenset(n) for n in new.reshape(nodes, -1)
         }
     if ranks_per_node == 4:
-        assert _coherent_traffic(layers, after) <= _coherent_traffic(layers, before) + 1e-12
+        now, then = (coherent_traffic(layers, which)[0] for which in (after, before))
+        assert now <= then + 1e-12
 
 
 def test_relabelling_the_ranks_changes_no_value_of_the_search():
@@ -264,3 +266,112 @@ def test_a_problem_without_tokens_is_one_of_load_alone():
     empty = replace(problem, tokens=tokens[:0], primary=tokens[:0, :, 0])
     assert empty.tokens is None
     assert solvers.solve(empty, "local_search").parts["imbalance"] < 1.1
+
+
+def scenarios_of(problem, num_scenarios, **others):
+    """The problem with its tokens dealt out to scenarios by their first expert."""
+    scenario = problem.tokens[:, 0, 0] % num_scenarios
+    load = np.zeros((num_scenarios, problem.num_layers, problem.num_experts))
+    for layer in range(problem.num_layers):
+        for column in problem.tokens[:, layer].T:
+            np.add.at(load[:, layer], (scenario, column), 1)
+    return replace(problem, scenario_load=load, scenario=scenario, **others)
+
+
+@pytest.mark.parametrize("slots", [4, 5])
+def test_the_cap_binds_over_the_scenarios(slots):
+    base = problem_of(topic_tokens(12), 16, 4, slots_per_rank=slots, max_imbalance=1.5)
+    result = solvers.solve(scenarios_of(base, 3), "local_search")
+    assert result.status == "feasible"
+    assert result.parts["imbalance_scenarios"] <= 1.5 + 1e-9
+    flat = solvers.solve(base, "local_search")
+    assert check.check(scenarios_of(base, 3), flat.placement)["imbalance_scenarios"] > 1.5
+
+
+@pytest.mark.parametrize("dispatch", ["alltoall", "coherent"])
+def test_the_worst_workload_fares_better_when_it_is_asked_for(dispatch):
+    """Two workloads whose tokens have nothing in common; one is a tenth of the other."""
+    tokens = np.concatenate([topic_tokens(13, num_tokens=600), topic_tokens(14, num_tokens=60)])
+    base = problem_of(tokens, 16, 4, dispatch=dispatch)
+    second = (np.arange(660) >= 600).astype(np.int64)
+    load = np.zeros((2, 5, 16))
+    for layer in range(5):
+        np.add.at(load[:, layer], (second[:, None], tokens[:, layer]), 1)
+    together = replace(base, scenario_load=load, scenario=second, workload=np.arange(2))
+    worst = replace(together, robust="worst")
+    ours = solvers.solve(worst, "local_search").objective
+    for other in (base, together):  # by tokens; by the mean over workloads
+        placement = solvers.solve(other, "local_search").placement
+        assert ours <= check.objective(worst, check.check(worst, placement)) + 1e-9
+    pooled = solvers.solve(base, "local_search").placement
+    assert ours < check.objective(worst, check.check(worst, pooled)) - 0.02
+
+
+@pytest.mark.parametrize("dispatch", ["alltoall", "coherent"])
+def test_moves_stay_within_their_number_and_each_more_helps(dispatch):
+    base = problem_of(topic_tokens(15), 16, 4, dispatch=dispatch)
+    current = np.tile(np.arange(16), (5, 1))
+    values = []
+    for most in (0, 10, 30, None):
+        problem = replace(base, current=current, max_moves=most)
+        result = solvers.solve(problem, "local_search")
+        assert most is None or result.parts["moves"] <= most
+        values.append(result.objective)
+    assert values == sorted(values, reverse=True)
+    assert values[0] > values[1] > values[3]
+
+
+@pytest.mark.parametrize("dispatch", ["alltoall", "coherent"])
+@pytest.mark.parametrize("slots", [4, 6])
+def test_pins_and_unequal_ranks_are_kept(dispatch, slots):
+    base = problem_of(topic_tokens(16), 16, 4, dispatch=dispatch, slots_per_rank=slots)
+    pinned = np.full((5, 16), -1)
+    pinned[:, 3], pinned[2, 8] = 0, 3
+    room = np.tile([slots, slots, slots, 4], (5, 1))
+    problem = replace(base, pinned=pinned, rank_slots=room)
+    result = solvers.solve(problem, "local_search")  # the checker would refuse it
+    assert result.objective < solvers.solve(base, "contiguous").objective
+
+
+def test_a_faster_rank_is_given_more_load():
+    tokens = topic_tokens(17)
+    problem = replace(
+        problem_of(tokens[:0], 16, 4, objective="balance", slots_per_rank=8),
+        load=np.arange(1.0, 81).reshape(5, 16),
+        rank_speed=np.array([3.0, 1, 1, 1]),
+    )
+    result = solvers.solve(problem, "local_search")
+    alike = solvers.solve(replace(problem, rank_speed=None), "local_search")
+    assert result.objective < 1.1
+    assert check.check(problem, alike.placement)["imbalance"] > 1.4
+
+
+def test_a_slot_budget_goes_to_the_layers_that_gain_most():
+    """Layer 0 has an expert that all tokens use; in the others all are alike."""
+    rng = np.random.default_rng(18)
+    tokens = rng.integers(1, 16, (500, 4, 2))
+    tokens[:, 0, 0] = 0
+    base = problem_of(tokens, 16, 4, slots_per_rank=6, home=np.arange(500) % 4)
+    problem = replace(base, slot_budget=4 * 4 + 1)
+    result = solvers.solve(problem, "local_search")
+    filled = (result.placement.reshape(4, 4, 6) >= 0).sum(axis=2).max(axis=1)
+    assert filled.tolist() == [5, 4, 4, 4]
+
+
+def test_messages_over_slow_links_are_avoided():
+    """One rank is far away: the experts that few tokens use belong there."""
+    cost = np.ones((4, 4)) - np.eye(4)
+    cost[:, 3] = cost[3] = 10.0
+    cost[3, 3] = 0.0
+    base = problem_of(topic_tokens(19), 16, 4, home=np.arange(600) % 3)
+    problem = replace(base, link_cost=cost)
+    result = solvers.solve(problem, "local_search")
+    blind = solvers.solve(base, "local_search")
+    assert result.objective < 0.9 * check.objective(problem, check.check(problem, blind.placement))
+
+
+def test_a_longer_time_limit_goes_on_searching_until_it_no_longer_pays():
+    problem = problem_of(topic_tokens(20, num_tokens=200), 16, 4, max_imbalance=1.1)
+    short = solvers.solve(problem, "local_search")
+    longer = solvers.solve(problem, "local_search", time_limit=30.0)
+    assert longer.objective <= short.objective + 1e-9
