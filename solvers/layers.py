@@ -137,8 +137,9 @@ class Layers:
 
     @property
     def heat(self) -> float:
-        """First temperature, in messages per token: a fraction of what one swap moves."""
-        return 0.16 * self.token_share
+        """First temperature: a fraction of what one swap can save, at the dearest rank."""
+        dearest = float(self.row_prices[: self.problem.num_ranks].max())
+        return 0.16 * self.token_share * dearest
 
     @cached_property
     def token_share(self) -> float:

@@ -363,7 +363,11 @@ def test_messages_over_slow_links_are_avoided():
     cost = np.ones((4, 4)) - np.eye(4)
     cost[:, 3] = cost[3] = 10.0
     cost[3, 3] = 0.0
-    base = problem_of(topic_tokens(19), 16, 4, home=np.arange(600) % 3)
+    rng = np.random.default_rng(19)
+    rare = rng.random((600, 5, 1)) < 0.1  # such tokens use experts 0, 4, 8 and 12
+    tokens = np.where(rare, 4 * rng.integers(0, 4, (600, 5, 1)), rng.integers(0, 16, (600, 5, 1)))
+    base = problem_of(np.where(~rare & (tokens % 4 == 0), tokens + 1, tokens), 16, 4,
+                      home=np.arange(600) % 3)  # fmt: skip
     problem = replace(base, link_cost=cost)
     result = solvers.solve(problem, "local_search")
     blind = solvers.solve(base, "local_search")
