@@ -66,6 +66,8 @@ class Cluster:
         peer_latency_us: what each further rank of the group adds to the latency of a collective.
         intra_node_shared_gbps: what all ranks of a node together can send among themselves, where
             they share a bus or a host's memory; None = their links alone limit them.
+        same_rank_gbps: at which a rank copies what stays on it into and out of its batches; None =
+            at no cost. On a shared bus these bytes count too.
         network: leaves and spine; None = any two nodes are equally near.
         memory_bytes: memory of one rank's device; None = unknown.
         hbm_gbps: bandwidth of that memory; None = unknown.
@@ -73,6 +75,8 @@ class Cluster:
         compute_latency_us: fixed cost of the experts' computation in one layer, on a rank that
             serves any pair.
         expert_latency_us: fixed cost of each expert that a rank uses in a layer.
+        compute_overlap: share of the shorter of reading weights and computing that hides behind the
+            longer; 1 = the roofline.
         ranks_at_full_speed: how many ranks of a node can compute at once at these figures, where
             they share a host's cores; None = all of them.
         rank_figures: ranks that are unlike the others.
@@ -91,12 +95,14 @@ class Cluster:
     inter_node_scope: NetworkScope = "rank"
     peer_latency_us: float = 0.0
     intra_node_shared_gbps: float | None = None
+    same_rank_gbps: float | None = None
     network: Network | None = None
     memory_bytes: int | None = None
     hbm_gbps: float | None = None
     flops: float | None = None
     compute_latency_us: float = 0.0
     expert_latency_us: float = 0.0
+    compute_overlap: float = 1.0
     ranks_at_full_speed: float | None = None
     rank_figures: tuple[RankFigures, ...] = ()
     pair_gbps: tuple[tuple[float, ...], ...] | None = None
@@ -163,7 +169,7 @@ class Cluster:
     def __post_init__(self) -> None:
         if min(self.num_nodes, self.ranks_per_node) < 1:
             raise UsageError("num_nodes and ranks_per_node must be at least 1")
-        for name in (*PER_RANK, "intra_node_shared_gbps", "ranks_at_full_speed"):
+        for name in (*PER_RANK, "intra_node_shared_gbps", "same_rank_gbps", "ranks_at_full_speed"):
             _check_positive(name, getattr(self, name))
         for name in (
             "intra_node_latency_us",
@@ -173,6 +179,8 @@ class Cluster:
             "expert_latency_us",
         ):
             _check_latency(name, getattr(self, name))
+        if not 0 <= self.compute_overlap <= 1:
+            raise UsageError(f"compute_overlap is {self.compute_overlap}, expected 0 to 1")
         if self.inter_node_scope not in get_args(NetworkScope):
             raise UsageError(
                 f"inter_node_scope is {self.inter_node_scope!r}, expected rank or node"

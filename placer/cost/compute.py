@@ -39,16 +39,20 @@ def compute_time(
 ) -> Computed:
     """Roofline time of pairs [n, L, G] on activated [n, L, G] distinct experts.
 
-    Work of a rank = fixed cost + cost per expert used + the larger of FLOPs / peak and bytes of the
-    experts used / memory bandwidth. Where more ranks of a node work than can do so at full speed,
-    the node needs the sum of their work / ranks at full speed.
+    Work of a rank = fixed cost + cost per expert used + roofline: the larger of FLOPs / peak and
+    bytes of the experts used / memory bandwidth, and what of the smaller does not overlap. Where
+    more ranks of a node work than can do so at full speed, the node needs the sum of their work /
+    ranks at full speed.
     """
     flops, hbm = cluster.of_ranks("flops"), cluster.of_ranks("hbm_gbps")
     assert flops is not None
     assert hbm is not None
     flop_us = float(dims.expert_flops_per_token or 0) / flops * 1e6  # [G]
     read_us = float(dims.expert_bytes or 0) / (hbm * 1e3)
-    work = np.maximum(pairs * flop_us, activated * read_us)
+    calculating, reading = pairs * flop_us, activated * read_us
+    work = np.maximum(calculating, reading)
+    if cluster.compute_overlap < 1:
+        work += (1 - cluster.compute_overlap) * np.minimum(calculating, reading)
     if cluster.expert_latency_us:
         work += activated * cluster.expert_latency_us
     if cluster.compute_latency_us:

@@ -1,6 +1,7 @@
 """From bytes on links to microseconds: rank links, node buses, leaf uplinks, measured pairs.
 
-A transfer takes its latency plus what its most congested link takes. Bandwidths in GB/s are 10^3
+A collective takes its latency, whether or not a rank has anything to send (it waits for every rank
+to say so), plus what its most congested link takes. Bandwidths in GB/s are 10^3
 bytes per microsecond. Formulas in docs/cost-model.md.
 """
 
@@ -23,12 +24,10 @@ class Transferred:
 
     Attributes:
         wire_us: [n, L] what the most congested link takes.
-        latency_us: [n, L].
         link: [n, L] number of the most congested link, an index of `Links.names`.
     """
 
     wire_us: Times
-    latency_us: Times
     link: NDArray[np.intp]
 
 
@@ -62,6 +61,9 @@ class Links:
                 add("network", "node", num_nodes, _DIRECTIONS)
             else:
                 add("network", "rank", num_ranks, _DIRECTIONS)
+        self._has_copies = cluster.same_rank_gbps is not None
+        if self._has_copies:
+            add("copies", "rank", num_ranks, ("",))
         self._has_bus = cluster.intra_node_shared_gbps is not None
         if self._has_bus:
             add("bus", "node", num_nodes, ("",))
@@ -93,8 +95,6 @@ class Links:
         states: NDArray[np.int32],
         pairs: NDArray[np.int32] | None,
         state_bytes: float,
-        *,
-        in_turn: bool,
     ) -> Transferred:
         """Price hidden states that move.
 
@@ -102,8 +102,6 @@ class Links:
             states: [n, L, link, direction, G] moved; see `transfer_kernels.transfers`.
             pairs: [n, L, G, G] the same by sender and receiver; needed with measured pairs.
             state_bytes: of one hidden state.
-            in_turn: what moves inside nodes waits for what comes over the network (node-level
-                copies); else both go at once.
         """
         n, num_layers = states.shape[:2]
         cluster = self._cluster
@@ -122,8 +120,12 @@ class Links:
             else:
                 far = states[:, :, 1] * (self._inter_us * state_bytes)
             columns += [far[:, :, 0], far[:, :, 1]]
+        if self._has_copies:
+            kept = states[:, :, 3, 0].astype(np.float64)
+            columns.append(kept * (state_bytes * self._copy_us))
         if self._has_bus:
-            sent = states[:, :, 0, 0].reshape(n, num_layers, num_nodes, per_node).sum(axis=3)
+            carried = states[:, :, 0, 0] + states[:, :, 3, 0]
+            sent = carried.reshape(n, num_layers, num_nodes, per_node).sum(axis=3)
             columns.append(sent * (state_bytes * self._bus_us))
         if self._has_leaves:
             starts = np.arange(cluster.num_leaves) * cluster.ranks_per_leaf
@@ -131,9 +133,7 @@ class Links:
             up = crossing * (state_bytes * self._uplink_us)
             columns += [up[:, :, 0], up[:, :, 1]]
         times = np.concatenate(columns, axis=2)
-        return Transferred(
-            times.max(axis=2), self._latency(states, pairs, in_turn), times.argmax(axis=2)
-        )
+        return Transferred(times.max(axis=2), times.argmax(axis=2))
 
     def all_gather(self, total_bytes: Times) -> tuple[Times, Times, int]:
         """Wire and latency [n] of bringing `total_bytes` [n], spread evenly, to all ranks.
@@ -159,20 +159,16 @@ class Links:
                 columns += [network * per_node / (self._node_gbps * 1e3)] * 2
             else:
                 columns += [network * self._inter_us] * 2
+        if self._has_copies:
+            columns.append(np.full(num_ranks, self._copy_us / num_ranks))
         if self._has_bus:
-            columns.append(np.full(num_nodes, fast * per_node * self._bus_us))
+            carried = fast * per_node + per_node / num_ranks
+            columns.append(np.full(num_nodes, carried * self._bus_us))
         if self._has_leaves:
             nodes = np.bincount(self._leaf_of_node)
             columns += [nodes * (1 - nodes / num_nodes) * self._uplink_us] * 2
         per_byte = np.concatenate(columns)
-        if self.has_pairs:
-            latency = float(self._pair_latency_us.max())
-        else:
-            latency = cluster.intra_node_latency_us * (per_node > 1)
-            latency += cluster.inter_node_latency_us * (num_nodes > 1)
-        if self._has_leaves and cluster.network is not None:
-            latency += cluster.network.spine_latency_us
-        latency += cluster.peer_latency_us * (num_ranks - 1)
+        latency = self.latency_us(in_turn=True)
         busiest = int(per_byte.argmax())
         return total_bytes * per_byte[busiest], np.where(total_bytes > 0, latency, 0.0), busiest
 
@@ -182,6 +178,11 @@ class Links:
         return 1 / (float(self._cluster.intra_node_shared_gbps or 1) * 1e3)
 
     @property
+    def _copy_us(self) -> float:
+        """Microseconds of a byte that a rank keeps."""
+        return 1 / (float(self._cluster.same_rank_gbps or 1) * 1e3)
+
+    @property
     def _uplink_us(self) -> Times:
         """[leaves] microseconds of a byte on a leaf's links to the spine."""
         network = self._cluster.network
@@ -189,22 +190,23 @@ class Links:
         below: Times = np.bincount(self._leaf_of_node, weights=self._node_gbps).astype(np.float64)
         return network.oversubscription / (below * 1e3)
 
-    def _latency(
-        self, states: NDArray[np.int32], pairs: NDArray[np.int32] | None, in_turn: bool
-    ) -> Times:
-        """[n, L] latency of the links that are used; of several, the slowest or all in turn."""
+    def latency_us(self, *, in_turn: bool) -> float:
+        """Of one collective among all ranks.
+
+        Args:
+            in_turn: what moves inside nodes waits for what comes over the network (node-level
+                copies, all-gathers); else both go at once.
+        """
         cluster = self._cluster
-        used = states.max(axis=(3, 4)) > 0  # [n, L, link]
+        if cluster.num_ranks == 1:
+            return 0.0
         if self.has_pairs:
-            assert pairs is not None
-            waits = np.where(pairs > 0, self._pair_latency_us, 0.0)
-            near = np.where(self._is_near, waits, 0.0).max(axis=(2, 3))
-            far = np.where(self._is_near, 0.0, waits).max(axis=(2, 3))
+            near = float(np.where(self._is_near, self._pair_latency_us, 0.0).max())
+            far = float(np.where(self._is_near, 0.0, self._pair_latency_us).max())
         else:
-            near = np.where(used[:, :, 0], cluster.intra_node_latency_us, 0.0)
-            far = np.where(used[:, :, 1], cluster.inter_node_latency_us, 0.0)
+            near = cluster.intra_node_latency_us * (cluster.ranks_per_node > 1)
+            far = cluster.inter_node_latency_us * (cluster.num_nodes > 1)
         if self._has_leaves and cluster.network is not None:
-            far = far + np.where(used[:, :, 2], cluster.network.spine_latency_us, 0.0)
-        latency: Times = near + far if in_turn else np.maximum(near, far)
-        anything = used[:, :, :2].any(axis=2)
-        return latency + np.where(anything, cluster.peer_latency_us * (cluster.num_ranks - 1), 0.0)
+            far += cluster.network.spine_latency_us
+        latency = near + far if in_turn else max(near, far)
+        return latency + cluster.peer_latency_us * (cluster.num_ranks - 1)

@@ -90,13 +90,19 @@ class Pricing:
     """
 
     def __init__(
-        self, cluster: Cluster, dims: ModelDims, transport: Transport, dispatch: Dispatch
+        self,
+        cluster: Cluster,
+        dims: ModelDims,
+        transport: Transport,
+        dispatch: Dispatch,
+        top_k: int,
     ) -> None:
         self.transport = transport
         self.links = Links(cluster)
         self._cluster = cluster
         self._dims = dims
         self._dispatch = dispatch
+        self._top_k = top_k
         transfers = ("dispatch_us", "combine_us", "latency_us")
         needs = {
             "hidden_size": (dims.hidden_size, transfers),
@@ -109,6 +115,12 @@ class Pricing:
             needs["kv_bytes_per_token"] = (transport.kv_bytes_per_token, ("kv_us", "latency_us"))
         self.missing = tuple(name for name, (value, _) in needs.items() if value is None)
         self.unknown = {part for name in self.missing for part in needs[name][1]}
+
+    def _collective_us(self, way: int) -> float:
+        """Latency of a dispatch (way 0) or combine (1); coherent top-1 has no combine."""
+        if way == 1 and self._dispatch == "coherent" and self._top_k == 1:
+            return 0.0
+        return self.links.latency_us(in_turn=self.transport.deduplicate_nodes)
 
     def price(self, counts: Counts) -> Priced:
         """What these batches cost."""
@@ -137,11 +149,10 @@ class Pricing:
                 continue
             asked = counts.pairs_of_ranks
             pairs = asked[:, :, way] if self.links.has_pairs else None
-            found = self.links.transfer(
-                states, pairs, state_bytes, in_turn=self.transport.deduplicate_nodes
-            )
-            moved.append(found.wire_us + found.latency_us)
-            latency_us += found.latency_us.sum(axis=1)
+            found = self.links.transfer(states, pairs, state_bytes)
+            latency = np.where(tokens > 0, self._collective_us(way), 0.0)
+            moved.append(found.wire_us + latency[:, None])
+            latency_us += latency * num_layers
             np.add.at(link_waits, (rows, found.link), found.wire_us)
         is_owned = self.links.rank_of >= 0
         np.add.at(rank_waits.T, self.links.rank_of[is_owned], link_waits.T[is_owned])

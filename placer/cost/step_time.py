@@ -186,7 +186,7 @@ def step_time(
         trace = interleave(trace)
     home = home_ranks(trace, placement.num_ranks, ignore_home=ignore_home)
     batching = _batching(trace, home, placement.num_ranks, batch_tokens, tokens_per_rank, mixed)
-    pricing = Pricing(cluster, dims or trace.model, transport or Transport(), dispatch)
+    pricing = Pricing(cluster, dims or trace.model, transport or Transport(), dispatch, trace.top_k)
     server = Server(placement, dispatch, replica_policy)
     server.check(trace)
     setting = Setting(

@@ -33,7 +33,8 @@ def transfers(
     """Count the hidden states that every rank sends and receives, per batch and layer.
 
     The last axes of `dispatch` and `combine` are [link, direction, rank]: link 0 inside a node,
-    1 between nodes, 2 the part of these that leaves a leaf; direction 0 sent, 1 received.
+    1 between nodes, 2 the part of these that leaves a leaf, 3 what stays on its rank (the same in
+    both directions); direction 0 sent, 1 received.
 
     Args:
         served: [T, L, K] rank that serves each pair, -1 = unused.
@@ -44,7 +45,7 @@ def transfers(
         deduplicate: one copy per remote node over the network, to the rank there with the same
             number within its node, which passes it on (and gathers results the same way back).
         ranks_per_node, ranks_per_leaf: ranks of one node, and below one leaf.
-        dispatch, combine: [N, L, 3, 2, G], added to; with a fixed home the combine mirrors the
+        dispatch, combine: [N, L, 4, 2, G], added to; with a fixed home the combine mirrors the
             dispatch, and only the latter is counted.
         pairs: [N, L, 2, G, G] states by way (dispatch, combine), sender and receiver, added to,
             likewise; [0, ...] when nobody asks.
@@ -77,9 +78,13 @@ def transfers(
                 stamp += 1
                 for k in range(top_k):
                     g = served[t, l, k]
-                    if g < 0 or seen[g] == stamp or g == center:
+                    if g < 0 or seen[g] == stamp:
                         continue
                     seen[g] = stamp
+                    if g == center:
+                        table[3, 0, g] += 1
+                        table[3, 1, g] += 1
+                        continue
                     node = node_of[g]
                     near = center
                     if node != node_of[center]:

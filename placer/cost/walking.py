@@ -46,7 +46,7 @@ def price_batches(setting: Setting, batching: Batching, pricing: Pricing) -> lis
     placement = setting.server.placement
     num_layers, num_ranks = placement.num_layers, placement.num_ranks
     table = num_layers * num_ranks
-    per_batch = table * (56 + 8 * num_ranks * setting.with_pairs) + 16 * len(pricing.links.names)
+    per_batch = table * (72 + 8 * num_ranks * setting.with_pairs) + 16 * len(pricing.links.names)
     per_batch += setting.server.nothing_sent(1).nbytes
     size = max(1, _GROUP_BYTES // per_batch)
     firsts = range(0, max(1, batching.num_batches), size)
@@ -107,8 +107,8 @@ class _Walk:
         )
         found = Counts(
             sizes,
-            np.zeros((n, num_layers, 3, 2, num_ranks), np.int32),
-            np.zeros((n, num_layers, 3, 2, num_ranks), np.int32),
+            np.zeros((n, num_layers, 4, 2, num_ranks), np.int32),
+            np.zeros((n, num_layers, 4, 2, num_ranks), np.int32),
             np.zeros((n if with_pairs else 0, num_layers, 2, num_ranks, num_ranks), np.int32),
             np.zeros((n, num_layers, num_ranks), np.int32),
             np.zeros((n, num_layers, num_ranks), np.int32),

@@ -29,7 +29,7 @@ def price(
     for batch in members:
         steps = [
             price_batch(part, tokens, homes, model, policy, placement, cluster, dispatch, dims,
-                        transport)
+                        transport, trace.top_k)
             for part in cut(batch, homes, parts)
         ]  # fmt: skip
         total = {name: sum(step[0][name] for step in steps) for name in steps[0][0]}
@@ -80,8 +80,9 @@ def overlapped(steps):
 
 
 def price_batch(
-    members, all_tokens, homes, model, policy, placement, cluster, dispatch, dims, transport
-):
+    members, all_tokens, homes, model, policy, placement, cluster, dispatch, dims, transport,
+    top_k,
+):  # fmt: skip
     """Sums of the parts, and the times of every layer."""
     tokens = [all_tokens[t] for t in members]
     walked = walk(tokens, placement, [homes[t] for t in members], [0] * len(members), model, policy)
@@ -105,8 +106,8 @@ def price_batch(
                 weights = [weight for _, weight in chosen]
                 best = 0 if weights[0] is None else weights.index(max(weights))
                 gather = ranks[best]
-            out += [(home, rank) for rank in sorted(set(ranks)) if rank != home]
-            back += [(rank, gather) for rank in sorted(set(ranks)) if rank != gather]
+            out += [(home, rank) for rank in sorted(set(ranks))]
+            back += [(rank, gather) for rank in sorted(set(ranks))]
             out.append(None)  # end of this token
             back.append(None)
         for part, messages, element in (
@@ -118,7 +119,10 @@ def price_batch(
                 wire, latency = all_gather(len(members) * size, cluster)
             else:
                 hops = route(messages, cluster, transport, inward=part == "combine")
-                wire, latency = transfer(hops, size, cluster, transport)
+                wire = transfer(hops, size, cluster)
+                latency = 0.0
+                if members and (part == "dispatch" or model != "coherent" or top_k > 1):
+                    latency = collective(cluster, in_turn=transport.deduplicate_nodes)
             times[part] = wire + latency
             total[f"{part}_us"] += wire + latency
             total["latency_us"] += latency
@@ -155,10 +159,11 @@ def figure(cluster, rank, name):
 
 
 def work_of(rank, pairs, experts, cluster, dims):
-    roofline = max(
+    short, long = sorted((
         pairs * dims.expert_flops_per_token / figure(cluster, rank, "flops") * 1e6,
         experts * dims.expert_bytes / (figure(cluster, rank, "hbm_gbps") * 1e9) * 1e6,
-    )
+    ))  # fmt: skip
+    roofline = long + (1 - cluster.compute_overlap) * short
     fixed = cluster.compute_latency_us if pairs else 0.0
     return fixed + experts * cluster.expert_latency_us + roofline
 
@@ -189,22 +194,22 @@ def route(messages, cluster, transport, *, inward):
     return hops
 
 
-def transfer(hops, size, cluster, transport):
-    """Seconds on the most congested link, and latency; every link is a key of one dict."""
+def transfer(hops, size, cluster):
+    """Time on the most congested link; every link is a key of one dict."""
     per = cluster.ranks_per_node
     busy = defaultdict(float)  # link -> us
-    near_latency, far_latency = [], []
     for source, target in hops:
         from_node, to_node = source // per, target // per
         near = from_node == to_node
-        if cluster.pair_gbps is not None:
+        if source == target:
+            if cluster.same_rank_gbps:
+                busy["copy", source] += size / (cluster.same_rank_gbps * 1e9) * 1e6
+        elif cluster.pair_gbps is not None:
             time = size / (cluster.pair_gbps[source][target] * 1e9) * 1e6
             busy["out", source] += time
             busy["in", target] += time
-            latency = cluster.pair_latency_us[source][target]
         else:
             kind = "intra_node_gbps" if near else "inter_node_gbps"
-            latency = cluster.intra_node_latency_us if near else cluster.inter_node_latency_us
             shared = not near and cluster.inter_node_scope == "node"
             for way, rank in (("out", source), ("in", target)):
                 owner = rank // per if shared else rank
@@ -218,14 +223,24 @@ def transfer(hops, size, cluster, transport):
             if from_leaf != to_leaf:
                 busy["up", from_leaf] += size / (uplink(cluster, from_leaf) * 1e9) * 1e6
                 busy["down", to_leaf] += size / (uplink(cluster, to_leaf) * 1e9) * 1e6
-        (near_latency if near else far_latency).append(latency)
-    if not busy:
-        return 0.0, 0.0
-    near, far = max(near_latency, default=0.0), max(far_latency, default=0.0)
-    if any(link[0] == "up" for link in busy):
+    return max(busy.values(), default=0.0)
+
+
+def collective(cluster, *, in_turn):
+    """Latency of one collective: of all classes of links that the cluster has."""
+    ranks, per = cluster.num_ranks, cluster.ranks_per_node
+    if ranks == 1:
+        return 0.0
+    near = cluster.intra_node_latency_us if per > 1 else 0.0
+    far = cluster.inter_node_latency_us if cluster.num_nodes > 1 else 0.0
+    if cluster.pair_gbps is not None:
+        others = [(i, j) for i in range(ranks) for j in range(ranks) if i != j]
+        table = cluster.pair_latency_us
+        near = max((table[i][j] for i, j in others if i // per == j // per), default=0.0)
+        far = max((table[i][j] for i, j in others if i // per != j // per), default=0.0)
+    if cluster.network and cluster.num_nodes > cluster.network.nodes_per_leaf:
         far += cluster.network.spine_latency_us
-    latency = near + far if transport.deduplicate_nodes else max(near, far)
-    return max(busy.values()), latency + cluster.peer_latency_us * (cluster.num_ranks - 1)
+    return (near + far if in_turn else max(near, far)) + cluster.peer_latency_us * (ranks - 1)
 
 
 def nodes_below(cluster, leaf):
@@ -260,24 +275,19 @@ def all_gather(total, cluster):
             others = [other for other in range(ranks) if other != rank]
             times.append(sum(total / ranks / (rates[rank][other] * 1e3) for other in others))
             times.append(sum(total / ranks / (rates[other][rank] * 1e3) for other in others))
-        latency = max(
-            (cluster.pair_latency_us[i][j] for i in range(ranks) for j in range(ranks) if i != j),
-            default=0.0,
-        )
     else:
         crowd = per if cluster.inter_node_scope == "node" else 1
         for rank in range(ranks):
             times.append(network * crowd / (figure(cluster, rank, "inter_node_gbps") * 1e3))
             times.append(fast / (figure(cluster, rank, "intra_node_gbps") * 1e3))
-        latency = (cluster.intra_node_latency_us if per > 1 else 0.0) + (
-            cluster.inter_node_latency_us if nodes > 1 else 0.0
-        )
+    if cluster.same_rank_gbps:
+        times.append(total / ranks / (cluster.same_rank_gbps * 1e3))
     if cluster.intra_node_shared_gbps:
-        times.append(fast * per / (cluster.intra_node_shared_gbps * 1e3))
+        own = total / ranks * per
+        times.append((fast * per + own) / (cluster.intra_node_shared_gbps * 1e3))
     if cluster.network and nodes > cluster.network.nodes_per_leaf:
         for leaf in range(-(-nodes // cluster.network.nodes_per_leaf)):
             below = len(nodes_below(cluster, leaf))
             incoming = total * (nodes - below) / nodes * below
             times.append(incoming / (uplink(cluster, leaf) * 1e3))
-        latency += cluster.network.spine_latency_us
-    return max(times), latency + cluster.peer_latency_us * (ranks - 1)
+    return max(times), collective(cluster, in_turn=True)

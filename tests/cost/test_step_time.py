@@ -113,6 +113,8 @@ def cluster_of(kind, rng, num_nodes, ranks_per_node):
         return replace(
             cluster,
             intra_node_shared_gbps=5.0,
+            same_rank_gbps=4.0,
+            compute_overlap=0.3,
             ranks_at_full_speed=1.5,
             compute_latency_us=2.0,
             expert_latency_us=0.7,
