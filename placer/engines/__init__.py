@@ -1,0 +1,1 @@
+"""Other programs: reading what serving engines record, writing what they load."""
