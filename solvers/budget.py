@@ -18,9 +18,12 @@ class Budget:
 
     Attributes:
         seconds: wall-clock limit from the moment of construction; None = none.
+        effort: limit on the work of each proof in nominal seconds, which end it at the same step on
+            every machine; None = none.
     """
 
     seconds: float | None = None
+    effort: float | None = None
     _start: float = field(default_factory=time.monotonic)
     _stop: threading.Event = field(default_factory=threading.Event)
 
@@ -41,7 +44,7 @@ class Budget:
     def part(self, share: float) -> Budget:
         """A budget of a share of the remaining time; stopping one stops the other."""
         seconds = None if self.seconds is None else share * self.remaining()
-        return Budget(seconds, _stop=self._stop)
+        return Budget(seconds, self.effort, _stop=self._stop)
 
     def expired(self) -> bool:
         return self._stop.is_set() or self.remaining() <= 0.0

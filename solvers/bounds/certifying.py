@@ -11,6 +11,8 @@ which its proof does not hold). Of several bounds on one figure the highest is k
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -36,6 +38,13 @@ def prover(figure: str) -> Callable[[Prover], Prover]:
     return decorate
 
 
+def _load_all() -> None:
+    from solvers import bounds
+
+    for module in pkgutil.iter_modules(bounds.__path__, "solvers.bounds."):
+        importlib.import_module(module.name)
+
+
 def certify(
     problem: Problem,
     placement: NDArray[np.integer],
@@ -47,13 +56,14 @@ def certify(
     Args:
         problem: what was to be placed; the bounds hold on its arrays, for every placement.
         placement: [L, S] logical expert of each slot, -1 = empty.
-        budget: shared evenly by the provers.
+        budget: time, shared evenly by the provers that are left, and the effort of each.
         figures: which ones; None = all.
 
     Raises:
         ValueError: the placement is unsound.
         AssertionError: a bound is above the value, which is an error of the proof.
     """
+    _load_all()
     parts = check.check(problem, placement)
     wanted = list(_PROVERS) if figures is None else [name for name in figures if name in _PROVERS]
     jobs = [(figure, function) for figure in wanted for function in _PROVERS[figure]]

@@ -29,7 +29,7 @@ single precision, one eigendecomposition a copy and iteration, on two threads. I
 (2, 3) a sweep of Hildreth's method over the known triangles (exact ascent in each multiplier, the
 entries clipped to [0, 1]) takes the place of an exact projection; multipliers carry over from one
 iteration to the next. Triangles are separated in full now and then: for each pair u, w the most
-violated v. The penalty follows the residuals.
+violated v.
 
 Complexity: per iteration O(L E^3), and O(L E^3) for a separation; memory O(L E^2).
 
@@ -59,11 +59,11 @@ THREADS = 2
 _EPSILON = float(np.finfo(np.float64).eps)
 _ROUNDING = 1e-12  # of a sum, relative to the sum of absolute values
 _OVER_RELAXATION = 1.6
-_FIRST_PENALTY, _ADAPT_EVERY, _ADAPTATION = 10.0, 5, 1.3
+_PENALTY = 0.7  # of x != y, where costs spread by one
 _CUTS_WITHIN, _CUTS_BETWEEN = 12, 48  # new ones per separation, times E
-_SEPARATE_FROM, _SEPARATE_EVERY = 20, 10
+_SEPARATE_FROM, _SEPARATE_EVERY = 5, 5
 _LEAST_VIOLATION = 0.02
-_KEPT_ROUNDS = 6  # of separation, that a triangle without a multiplier survives
+_KEPT_ROUNDS = 12  # of separation, that a triangle without a multiplier survives
 _EVALUATE_EVERY = 10
 _MET = 1e-9
 _PATIENCE, _STALLED = 8, 2e-5  # evaluations without so much relative gain end the search
@@ -209,12 +209,8 @@ class _Search:
         layers = np.arange(num_layers)
         first, last = np.maximum(0, layers - chain.blocks + 1), np.minimum(layers, len(self.y) - 1)
         self.overlap = (last - first + 1).astype(np.float32)  # copies that a layer is in
-        self.set_penalty(_FIRST_PENALTY)
-
-    def set_penalty(self, penalty: float) -> None:
-        self.penalty = penalty
-        self.weight = np.full_like(self.costs, 2 * penalty)
-        self.weight[: self.chain.num_layers] *= self.overlap[:, None, None]
+        self.weight = np.full_like(self.costs, 2 * _PENALTY)
+        self.weight[:num_layers] *= self.overlap[:, None, None]
 
     def run(self, budget: Budget, max_iterations: int, value: float | None) -> Proof:
         best: tuple[float, Singles, Triangles] | None = None
@@ -239,19 +235,17 @@ class _Search:
                 met = value is not None and best[0] <= value * (1 + _MET)
                 if last or met or stalled >= _PATIENCE:
                     break
-            if iteration % _ADAPT_EVERY == 0:
-                self.adapt(answers)
             took = max(took, began - budget.remaining()) if budget.seconds is not None else 0.0
         kept = evaluate(self.chain, best[1], best[2], self.scale)
         return Proof(kept, iteration, self.x[: self.chain.num_layers].copy())
 
     def step_entries(self) -> None:
         """x: the point of (2, 3) nearest to y, in the direction of the costs."""
-        chain, penalty = self.chain, self.penalty
+        chain = self.chain
         target, num_layers, num_experts = self.target, chain.num_layers, chain.num_experts
-        pull = self.y - self.dual / penalty
+        pull = self.y - self.dual / _PENALTY
         within = target[:num_layers]
-        within[:] = self.costs[:num_layers] / (2 * penalty)
+        within[:] = self.costs[:num_layers] / (2 * _PENALTY)
         for block in range(chain.blocks):
             here = slice(block * num_experts, (block + 1) * num_experts)
             within[block : block + len(pull)] += pull[:, here, here]
@@ -259,7 +253,7 @@ class _Search:
         if chain.blocks == 2:
             between = target[num_layers:]
             between[:] = pull[:, :num_experts, num_experts:]
-            between += self.costs[num_layers:] / (2 * penalty)
+            between += self.costs[num_layers:] / (2 * _PENALTY)
         cuts = self.triangles
         if len(cuts.entries):
             weight = self.weight
@@ -274,20 +268,20 @@ class _Search:
         diagonal = np.arange(num_experts)
         self.x[:num_layers, diagonal, diagonal] = 1.0
 
-    def project(self, copy: int) -> tuple[float, float, float, int]:
+    def project(self, copy: int) -> tuple[float, int]:
         """y and D of one copy of (1); what `relaxation_kernels.project` tells."""
         chain = self.chain
         blocks = self.x[copy]
         if chain.blocks == 2:
             between = self.x[chain.num_layers + copy]
             blocks = np.block([[blocks, between], [between.T, self.x[copy + 1]]])
-        answer: tuple[float, float, float, int] = kernels.project(
+        answer: tuple[float, int] = kernels.project(
             np.ascontiguousarray(blocks),
             self.y[copy],
             self.dual[copy],
             chain.capacity,
             chain.num_ranks,
-            np.float32(self.penalty),
+            np.float32(_PENALTY),
             np.float32(_OVER_RELAXATION),
         )
         return answer
@@ -330,17 +324,6 @@ class _Search:
     def estimate(self, spectral: float) -> float:
         """The bound of the current dual point, but for rounding."""
         return spectral + _rest(self.chain, self.costs, self.dual, self.triangles)[0]
-
-    def adapt(self, answers: list[tuple[float, float, float, int]]) -> None:
-        """Let the penalty follow the residuals."""
-        norm = float(np.linalg.norm(self.y))
-        primal = np.sqrt(sum(answer[1] for answer in answers)) / norm
-        change = self.penalty * np.sqrt(sum(answer[2] for answer in answers))
-        dual = change / max(1e-9, float(np.linalg.norm(self.dual)))
-        if primal > 2 * dual:
-            self.set_penalty(self.penalty * _ADAPTATION)
-        elif dual > 2 * primal:
-            self.set_penalty(self.penalty / _ADAPTATION)
 
 
 def evaluate(chain: Chain, dual: NDArray[np.floating], cuts: Triangles, scale: float) -> float:

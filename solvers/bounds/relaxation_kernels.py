@@ -22,11 +22,9 @@ def _project(
     num_experts = capacity * num_ranks
     largest = float(size // num_ranks)
     asked = np.empty_like(y)
-    disagreement = 0.0
     for i in range(size):
         for j in range(size):
             apart = blocks[i, j] - y[i, j]
-            disagreement += apart * apart
             asked[i, j] = y[i, j] + relaxing * apart + dual[i, j] / penalty
     # without what does not change row sums, and what does pushed out of reach
     centred = asked.copy()
@@ -73,14 +71,12 @@ def _project(
         for i in range(size):
             scaled[i, column] *= part
     found = np.dot(scaled, kept.T)
-    change = 0.0
     for i in range(size):
         for j in range(size):
             value = found[i, j] + 1.0 / num_ranks
-            change += (value - y[i, j]) ** 2
             y[i, j] = value
             dual[i, j] = penalty * (asked[i, j] - value)
-    return penalty * largest * top, disagreement, change, rank
+    return penalty * largest * top, rank
 
 
 def _tighten(target: Any, weight: Any, p: Any, q: Any, r: Any, multiplier: Any) -> Any:

@@ -27,6 +27,12 @@ def kept_flow_bound(flow: Floats, problem: Problem) -> float:
     return sum(flow_kept(layer_flow, groups) for layer_flow in flow) * (1 + ROUNDING)
 
 
+def kept_pairs_bound(pairs: Floats, problem: Problem) -> float:
+    """Upper bound on the pairs [L, E, E] of a layer's experts that share a rank, both ways."""
+    groups = Groups.ranks(problem)
+    return sum(pairs_kept(together, groups)[1] for together in pairs) * (1 + ROUNDING)
+
+
 def flow_kept(flow: Floats, groups: Groups) -> float:
     if groups.spare == 0:
         return transport_bound(flow, groups.capacity, groups.capacity)

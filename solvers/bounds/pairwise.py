@@ -1,0 +1,112 @@
+"""Bounds on the cross-rank fraction and on the share of co-activated pairs that is cut.
+
+Both figures are one less what stays within ranks, over the total, so an upper bound on what stays
+is a lower bound on the figure. Two proofs:
+
+- `transport`: integral b-matchings, cheap, also with redundant slots (`solvers.bounds.transport`);
+- `relaxation`: doubly nonnegative with triangle cuts (`solvers.bounds.relaxation`); where every
+  slot holds an expert, so that each rank holds equally many of each layer. Much tighter.
+
+Pins, caps and limits on moves only take placements away, so the bounds hold with them too.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+from numpy.typing import NDArray
+
+from solvers.bounds.bound import Bound
+from solvers.bounds.certifying import prover
+from solvers.bounds.relaxation import Chain, bound_kept
+from solvers.bounds.transport import ROUNDING, kept_flow_bound, kept_pairs_bound
+from solvers.budget import Budget
+from solvers.problem import Problem
+
+Floats = NDArray[np.float64]
+
+AFFINITY, COACTIVATION = "cross_rank_fraction", "coactivation_cut"
+MAX_ITERATIONS, MIN_ITERATIONS = 1000, 40
+_SECONDS_PER_ENTRY = 8e-8  # nominal, of one iteration per entry of the matrices to decompose
+
+
+def pairs_of(problem: Problem) -> Floats:
+    """[L, E, E] co-activation without its diagonal."""
+    assert problem.coactivation is not None
+    return problem.coactivation * (1.0 - np.eye(problem.num_experts))
+
+
+@prover(AFFINITY)
+def affinity_by_transport(
+    problem: Problem, parts: dict[str, float], budget: Budget
+) -> Bound | None:
+    """b-matchings of neighbouring layers."""
+    if AFFINITY not in parts or problem.affinity is None:
+        return None
+    start, total = time.perf_counter(), float(problem.affinity.sum())
+    kept = kept_flow_bound(problem.affinity, problem)
+    return _bound(AFFINITY, parts, kept, total, "b-matching", start)
+
+
+@prover(COACTIVATION)
+def coactivation_by_transport(
+    problem: Problem, parts: dict[str, float], budget: Budget
+) -> Bound | None:
+    """b-matchings within layers."""
+    if COACTIVATION not in parts:
+        return None
+    start, pairs = time.perf_counter(), pairs_of(problem)
+    kept = kept_pairs_bound(pairs, problem)
+    return _bound(COACTIVATION, parts, kept, float(pairs.sum()), "b-matching", start)
+
+
+@prover(AFFINITY)
+def affinity_by_relaxation(
+    problem: Problem, parts: dict[str, float], budget: Budget
+) -> Bound | None:
+    """One chain of layers whose blocks are shared."""
+    if AFFINITY not in parts or problem.affinity is None:
+        return None
+    within = np.zeros((problem.num_layers, problem.num_experts, problem.num_experts))
+    chain = Chain(problem.num_ranks, within, problem.affinity)
+    return _relax(AFFINITY, problem, chain, parts, budget)
+
+
+@prover(COACTIVATION)
+def coactivation_by_relaxation(
+    problem: Problem, parts: dict[str, float], budget: Budget
+) -> Bound | None:
+    """Every layer by itself."""
+    if COACTIVATION not in parts:
+        return None
+    chain = Chain(problem.num_ranks, pairs_of(problem))
+    return _relax(COACTIVATION, problem, chain, parts, budget)
+
+
+def _relax(
+    figure: str, problem: Problem, chain: Chain, parts: dict[str, float], budget: Budget
+) -> Bound | None:
+    start = time.perf_counter()
+    total = float((chain.together if chain.flow is None else chain.flow).sum())
+    if problem.num_slots != problem.num_experts or problem.num_ranks == 1 or total <= 0:
+        return None
+    iterations = MAX_ITERATIONS
+    if budget.effort is not None:
+        entries = chain.num_copies * (chain.blocks * chain.num_experts) ** 2
+        iterations = min(iterations, int(budget.effort / (_SECONDS_PER_ENTRY * entries)))
+        if iterations < MIN_ITERATIONS:
+            return None
+    proof = bound_kept(chain, budget, iterations, (1.0 - parts[figure]) * total)
+    if proof is None:
+        return None
+    return _bound(figure, parts, proof.kept, total, "doubly nonnegative relaxation", start)
+
+
+def _bound(
+    figure: str, parts: dict[str, float], kept: float, total: float, method: str, start: float
+) -> Bound:
+    """One less the share that may stay; the value's own rounding is allowed for."""
+    lower = 1.0 - min(total, kept) / total - ROUNDING if total > 0 else 0.0
+    seconds = time.perf_counter() - start
+    return Bound(figure, parts[figure], max(0.0, lower), method, seconds)
