@@ -1,0 +1,1 @@
+"""vLLM: what runs inside its processes."""
