@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from placer.errors import BadFileError
+from placer.trace.load import is_load, refuse_load
 from placer.trace.memory import MemorySource
 from placer.trace.npz import load_npz
 from placer.trace.source import TraceSource
@@ -17,6 +18,7 @@ def open_trace(path: Path | str) -> TraceSource:
 
     Raises:
         BadFileError: missing, damaged, or neither of these.
+        UsageError: a load record (see `placer.trace.load`), which holds no tokens.
     """
     path = Path(path)
     try:
@@ -39,6 +41,8 @@ def _open(path: Path) -> TraceSource:
             f"{path} may be a part of a trace, but is not a whole one",
             f"give the folder that it lies in: {path.parent}",
         )
+    if is_load(path):
+        raise refuse_load(path)
     trace, unknown = load_npz(path)
     source = MemorySource(trace, path=path)
     if unknown:
