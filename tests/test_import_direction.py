@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "files", "placement"),
     ("trace", "cluster"),
     ("plan", "plan_schema", "cost", "affinity", "tracer", "models"),
-    ("baselines", "evaluation", "planning", "comparison", "timing"),
+    ("baselines", "evaluation", "planning", "load_planning", "comparison", "timing"),
     ("studies",),
     ("report", "runtime", "engines"),
     ("demo",),

@@ -16,13 +16,13 @@ def register(app: typer.Typer) -> None:
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A trace or a plan.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A trace, a load record or a plan.")],
     json_output: options.JsonOutput = False,
 ) -> None:
-    """Say what a trace or a plan holds, and whether it is sound. Exit code 5 when it is not."""
+    """Say what a trace, a load record or a plan holds, and whether it is sound. Exit code 5 when it is not."""
     from placer.errors import BadFileError
     from placer.report.console import progress_status, show
-    from placer.report.inspection import inspection_lines
+    from placer.report.inspection import inspection_lines, load_lines
     from placer.report.plans import plan_summary
 
     if path.suffix == ".json" and path.name != "manifest.json":
@@ -30,7 +30,12 @@ def inspect(
         show(json_output, plan, lambda: plan_summary(plan))
         return
     from placer.trace import inspect_trace
+    from placer.trace.load import inspect_load, is_load
 
+    if is_load(path):
+        load = inspect_load(path)
+        show(json_output, load, lambda: load_lines(load))
+        return
     with progress_status() as progress:
         progress("going through the trace")
         document = inspect_trace(path)

@@ -51,10 +51,12 @@ def solve(
     """
     from placer.errors import UsageError
     from placer.files import check_output_file
+    from placer.load_planning import only_load, plan_from_load
     from placer.plan import write_plan
     from placer.planning import Settings, make_plan, open_traces
     from placer.report.console import progress_status, show, show_warnings
     from placer.report.plans import plan_summary
+    from placer.trace.load import is_load
     from solvers import capped_imbalance
 
     check_output_file(output, force)
@@ -82,9 +84,12 @@ def solve(
         replica_policy=replica_policy.value,
     )
     with progress_status() as progress:
-        sources = open_traces(traces)
-        show_warnings([warning for source in sources for warning in source.warnings])
-        plan = make_plan(sources, settings, progress)
+        if any(is_load(path) for path in traces):
+            plan = plan_from_load(only_load(traces), settings, progress, name=traces[0].name)
+        else:
+            sources = open_traces(traces)
+            show_warnings([warning for source in sources for warning in source.warnings])
+            plan = make_plan(sources, settings, progress)
     cap, reached = settings.max_imbalance, capped_imbalance(plan.certificate["parts"])
     if settings.cap_is_default and cap is not None and reached > cap:
         show_warnings(

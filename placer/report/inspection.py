@@ -50,3 +50,16 @@ def inspection_lines(document: Mapping[str, Any]) -> list[RenderableType]:
     lines += [f"[yellow]warning:[/] {escape(warning)}" for warning in document["warnings"]]
     lines += [f"[red]problem:[/] {escape(problem)}" for problem in document["problems"]]
     return lines
+
+
+def load_lines(document: Mapping[str, Any]) -> list[RenderableType]:
+    """What is in a load record, and what cannot be known from it."""
+    layer_ids, hottest = document["layer_ids"], document["hottest_expert"]
+    return [
+        f"[bold]{escape(document['path'])}[/]: load of {document['layers']} layers (ids "
+        f"{layer_ids[0]}..{layer_ids[-1]}) x {document['experts']} experts in "
+        f"{document['windows']:,} windows, {document['pairs']:,} token-expert pairs",
+        f"hottest expert of a layer / mean: {hottest['mean']:.2f} on average, "
+        f"{hottest['max']:.2f} at most",
+        f"a load record: {document['not_known']}",
+    ]

@@ -90,17 +90,13 @@ def evaluation_table(document: Mapping[str, Any], show_all: bool = False) -> lis
     """A plan beside its baselines, from an evaluation's document."""
     from placer.cost import METRICS
 
-    requests, tokens = document["requests"], document["tokens"]
-    table = plain_table(
-        f"{SCOPES[document['scope']]} ({requests:,} requests, {tokens:,} tokens)",
-        f"dispatch {document['dispatch']}; modelled by replay; brackets: 95 % over requests",
-    )
+    table = plain_table(*_judged_on(document))
     table.add_column("figure", no_wrap=True)
     table.add_column("plan", no_wrap=True)
     for name in document["baselines"]:
         table.add_column(escape(name), no_wrap=True)
         table.add_column("change", no_wrap=True)
-    nodes = document["metrics"]["node_span"]["value"] != 1.0
+    nodes = document["metrics"].get("node_span", {"value": 1.0})["value"] != 1.0
     for info in METRICS:
         entry = document["metrics"].get(info.name)
         hidden = info.name not in SHORT or (info.name in NODE_FIGURES and not nodes)
@@ -114,6 +110,23 @@ def evaluation_table(document: Mapping[str, Any], show_all: bool = False) -> lis
             ]
         table.add_row(*cells)
     return [table]
+
+
+def _judged_on(document: Mapping[str, Any]) -> tuple[str, str]:
+    """Title and caption of an evaluation: what judged the plan, and how."""
+    scope, requests, tokens = document["scope"], document["requests"], document["tokens"]
+    if document.get("kind") == "load":
+        windows = f"{document['windows']:,} windows, {document['pairs']:,} token-expert pairs"
+        title = (
+            f"IN-SAMPLE: the load that the plan was fitted to ({windows})"
+            if scope == "in-sample"
+            else f"held-out: later windows than the plan was fitted to ({windows})"
+        )
+        return title, "a load record: balance only; modelled, copies share an expert's load evenly"
+    return (
+        f"{SCOPES[scope]} ({requests:,} requests, {tokens:,} tokens)",
+        f"dispatch {document['dispatch']}; modelled by replay; brackets: 95 % over requests",
+    )
 
 
 def certificate_line(certificate: Mapping[str, Any]) -> str:

@@ -190,6 +190,32 @@ def read_load(path: Path) -> LoadRecord:
     )
 
 
+def inspect_load(path: Path) -> dict[str, Any]:
+    """What a load record holds, as a JSON document.
+
+    Raises:
+        BadFileError: as `read_load`.
+    """
+    record = read_load(path)
+    total = record.load.sum(axis=0)
+    mean = total.mean(axis=1)
+    hottest = np.divide(total.max(axis=1), mean, out=np.ones_like(mean), where=mean > 0)
+    return {
+        "kind": "load",
+        "path": str(path),
+        "sound": True,
+        "windows": record.num_windows,
+        "layers": record.num_layers,
+        "layer_ids": record.layer_ids.tolist(),
+        "experts": record.num_experts,
+        "pairs": record.num_pairs,
+        "hottest_expert": {"mean": float(hottest.mean()), "max": float(hottest.max())},
+        "source": record.source,
+        "fingerprint": record.fingerprint(),
+        "not_known": WHY_NO_AFFINITY,
+    }
+
+
 def refuse_load(path: Path) -> UsageError:
     """What to raise where a trace is needed and a load record was given."""
     return UsageError(f"{path} is a load record: {WHY_NO_AFFINITY}", _HINT)
