@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from placer.cli import options
 
-
-class SourceFormat(StrEnum):
-    """Formats that placer reads."""
-
-    npz = "npz"
+if TYPE_CHECKING:
+    from placer.engines.importing import ImportedRecords
 
 
 def register(app: typer.Typer) -> None:
@@ -23,43 +20,128 @@ def register(app: typer.Typer) -> None:
 
 
 def import_(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="What the other program wrote.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the new trace.")],
+    file: Annotated[Path, typer.Argument(metavar="PATH", help="The file or folder that it wrote.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--output", help="Folder of the new trace; a file where only load was recorded."
+        ),
+    ],
     source_format: Annotated[
-        SourceFormat, typer.Option("--from", help="Format of FILE.")
-    ] = SourceFormat.npz,
+        str,
+        typer.Option(
+            "--from",
+            metavar="FORMAT",
+            help="npz, sglang, routed-experts, vllm-load, tensorrt-llm, vllm-ascend, omni-infer, "
+            "matrix or table.",
+        ),
+    ] = "npz",
+    num_experts: Annotated[
+        int | None,
+        typer.Option("--num-experts", min=1, help="Experts per layer, where PATH does not say."),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option("--top-k", min=1, help="Experts per token, where PATH does not say."),
+    ] = None,
+    layer_ids: Annotated[
+        str | None,
+        typer.Option(
+            "--layer-ids",
+            metavar="3-60",
+            help="Real numbers of the MoE layers, like 1-26 or 0,2,4.",
+        ),
+    ] = None,
     force: options.Force = False,
     json_output: options.JsonOutput = False,
 ) -> None:
-    """Make a trace of what another program recorded.
+    """Make a trace of what another program recorded (docs/engines/).
 
-    npz: the interchange trace (docs/traces.md): experts [tokens, layers, k], num_experts, ...
+    Where tokens were recorded, a trace; where only load was, a load record, which solves for
+    balance alone.
+
+    Example: placer import recorder/ --from sglang -o trace
     """
-    from rich.markup import escape
-
+    from placer.engines.importing import import_records
+    from placer.engines.records import Hints
     from placer.report.console import progress_status, show, show_warnings
-    from placer.trace import import_npz
 
+    hints = Hints(num_experts=num_experts, top_k=top_k, layer_ids=parse_layer_ids(layer_ids))
     with progress_status() as progress:
         progress(f"importing {file}")
-        summary = import_npz(file, output, force=force)
-    show_warnings(summary.warnings)
-    document = {
-        "path": str(summary.path),
-        "tokens": summary.tokens,
-        "requests": summary.requests,
-        "layers": summary.layers,
-        "experts": summary.experts,
-        "top_k": summary.top_k,
-        "has_weights": summary.has_weights,
-        "warnings": summary.warnings,
+        imported = import_records(
+            file, output, record_format=source_format, hints=hints, force=force
+        )
+    show_warnings(imported.warnings)
+    document = summary_of(imported)
+    show(json_output, document, lambda: [summary_line(document)])
+
+
+def summary_of(imported: ImportedRecords) -> dict[str, Any]:
+    """What was made, as a JSON document."""
+    from placer.trace.load import LoadRecord
+
+    content = imported.content
+    shared = {
+        "path": str(imported.path),
+        "layers": content.num_layers,
+        "experts": content.num_experts,
+        "warnings": imported.warnings,
     }
-    show(
-        json_output,
-        document,
-        lambda: [
-            f"[bold]{escape(str(summary.path))}[/]: {summary.tokens:,} tokens of "
-            f"{summary.requests:,} requests, {summary.layers} layers x {summary.experts} experts, "
-            f"top-{summary.top_k}"
-        ],
+    if isinstance(content, LoadRecord):
+        return {
+            "kind": "load",
+            **shared,
+            "windows": content.num_windows,
+            "pairs": content.num_pairs,
+        }
+    return {
+        "kind": "trace",
+        **shared,
+        "tokens": content.num_tokens,
+        "requests": int(content.requests().size),
+        "top_k": content.top_k,
+        "has_weights": content.weights is not None,
+    }
+
+
+def summary_line(document: dict[str, Any]) -> str:
+    """The same for people."""
+    from rich.markup import escape
+
+    from placer.trace.load import WHY_NO_AFFINITY
+
+    path, size = (
+        f"[bold]{escape(document['path'])}[/]",
+        (f"{document['layers']} layers x {document['experts']} experts"),
     )
+    if document["kind"] == "load":
+        return (
+            f"{path}: load of {size} in {document['windows']:,} windows, "
+            f"{document['pairs']:,} token-expert pairs; {WHY_NO_AFFINITY}"
+        )
+    return (
+        f"{path}: {document['tokens']:,} tokens of {document['requests']:,} requests, {size}, "
+        f"top-{document['top_k']}"
+    )
+
+
+def parse_layer_ids(text: str | None) -> tuple[int, ...] | None:
+    """ "3-5,7" as 3, 4, 5, 7.
+
+    Raises:
+        UsageError: not such a list, or not increasing.
+    """
+    from placer.errors import UsageError
+
+    if text is None:
+        return None
+    ids: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise UsageError(f"--layer-ids {text!r} is no list of numbers", "like 3-60, or 0,2,4")
+        ids += range(int(first), int(last if dash else first) + 1)
+    if not ids or any(b <= a for a, b in pairwise(ids)):
+        raise UsageError(f"--layer-ids {text!r} must name increasing layers", "like 3-60")
+    return tuple(ids)

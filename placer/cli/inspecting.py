@@ -19,7 +19,7 @@ def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A trace, a load record or a plan.")],
     json_output: options.JsonOutput = False,
 ) -> None:
-    """Say what a trace, a load record or a plan holds, and whether it is sound. Exit code 5 when it is not."""
+    """Say what a trace, load record or plan holds, and if it is sound. Exit code 5 when not."""
     from placer.errors import BadFileError
     from placer.report.console import progress_status, show
     from placer.report.inspection import inspection_lines, load_lines

@@ -115,7 +115,9 @@ def make_load(
     table: NDArray[np.int64] = counts.astype(np.int64)
     table = table[table.any(axis=(1, 2))]
     if not len(table):
-        raise BadFileError(f"{where} holds no load at all", "was anything served while it recorded?")
+        raise BadFileError(
+            f"{where} holds no load at all", "was anything served while it recorded?"
+        )
     from placer.trace.checks import check_layer_ids
 
     ids = np.arange(table.shape[1]) if layer_ids is None else np.asarray(layer_ids)
