@@ -18,8 +18,8 @@ def test_an_import_says_the_same_as_its_file(trace_npz, tmp_path):
     output = tmp_path / "trace"
     document = succeeds("import", trace_npz, "-o", output, "--json").document()
     assert document == {
-        "kind": "trace", "path": str(output), "tokens": 384, "requests": 12, "layers": 6, "experts": 16,
-        "top_k": 4, "has_weights": False, "warnings": [],
+        "kind": "trace", "path": str(output), "tokens": 384, "requests": 12, "layers": 6,
+        "experts": 16, "top_k": 4, "has_weights": False, "warnings": [],
     }  # fmt: skip
     assert open_trace(output).fingerprint() == open_trace(trace_npz).fingerprint()
     assert open_trace(output).request_labels() == open_trace(trace_npz).request_labels()
