@@ -20,6 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("plan", "plan_schema", "cost", "affinity", "tracer", "models"),
     ("baselines", "evaluation", "planning", "load_planning", "comparison", "timing"),
     ("studies",),
+    ("sweep",),
     ("report", "runtime", "engines"),
     ("demo",),
     ("cli",),

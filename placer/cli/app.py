@@ -82,11 +82,12 @@ def _register() -> None:
         inspecting,
         model,
         solve,
+        sweep,
         tracing,
     )
 
     for module in (
-        demo, tracing, importing, inspecting, analyze, solve, evaluate, compare, model, doctor,
+        demo, tracing, importing, inspecting, analyze, solve, evaluate, compare, sweep, model, doctor,
     ):  # fmt: skip
         module.register(app)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,17 +65,36 @@ def halve(source: TraceSource, settings: Settings) -> Halves:
     return Halves(source.filtered(requests=split.fit), source.filtered(requests=split.held_out))
 
 
-def fit(source: TraceSource, settings: Settings) -> Fitted:
+def fit(source: TraceSource, settings: Settings, earlier: Fitted | None = None) -> Fitted:
     """A plan of these tokens.
+
+    Args:
+        source: tokens to fit to.
+        settings: of the plan.
+        earlier: a plan with the same solver and seed, to be taken where its problem was the same.
 
     Raises:
         KeyboardInterrupt: Ctrl-C; a search that was cut short says nothing about the tokens.
     """
     problem = build_problem(source, settings, lambda _: None)
+    if earlier is not None and _same(problem, earlier.problem):
+        return earlier
     result = run_solver(problem, settings)
     if result.termination == "interrupted":
         raise KeyboardInterrupt
     return Fitted(placement_of(problem, result), problem, result)
+
+
+def _same(problem: Problem, other: Problem) -> bool:
+    """Whether two problems agree in every field."""
+    for field in fields(problem):
+        ours, theirs = getattr(problem, field.name), getattr(other, field.name)
+        if isinstance(ours, np.ndarray) or isinstance(theirs, np.ndarray):
+            if type(ours) is not type(theirs) or not np.array_equal(ours, theirs):
+                return False
+        elif ours != theirs:
+            return False
+    return True
 
 
 def headline(settings: Settings) -> str:
