@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := placer solvers tests examples benchmarks
 
-.PHONY: demo test test-slow check lint types bench traces clean
+.PHONY: demo test test-slow test-ray check lint types bench traces clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,14 @@ test: $(READY)  ## what CI runs, below 10 minutes on 2 cores
 
 test-slow: $(READY)  ## long tests: large traces, the long tail of model families
 	$(BIN)/python -m pytest -m slow
+
+.venv-ray/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[ray,dev]'
+	touch $@
+
+test-ray: .venv-ray/.ready  ## sweeps on a local Ray cluster, in an environment of its own
+	.venv-ray/bin/python -m pytest -m ray tests/ray_cluster
 
 lint: $(READY)
 	$(BIN)/ruff check $(SOURCES)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from placer.cluster import Cluster, load_cluster
 from placer.errors import UsageError
 from placer.evaluation import homes_fit
@@ -55,10 +57,11 @@ def dims_for(model: str | None, source: TraceSource) -> tuple[ModelDims, int | N
     from placer.models import load_shape
 
     shape = load_shape(model)
-    if (shape.num_experts, shape.num_moe_layers) != (source.num_experts, source.num_layers):
+    num_layers = np.unique(source.layer_ids).size  # a layer may route in several rounds
+    if (shape.num_experts, shape.num_moe_layers) != (source.num_experts, num_layers):
         raise UsageError(
             f"{shape.name} has {shape.num_moe_layers} MoE layers of {shape.num_experts} experts, "
-            f"the trace {source.num_layers} of {source.num_experts}",
+            f"the trace {num_layers} of {source.num_experts}",
             "name the model that was traced",
         )
     return shape.dims, shape.kv_bytes_per_token
@@ -90,7 +93,7 @@ def step_times(
         document["cluster"] = cluster.name
         document[name] = step_time(
             source.chunks(),
-            placement,
+            placement.for_rounds(source.layer_ids),
             cluster,
             dispatch=dispatch,
             dims=dims,

@@ -87,7 +87,8 @@ def _register() -> None:
     )
 
     for module in (
-        demo, tracing, importing, inspecting, analyze, solve, evaluate, compare, sweep, model, doctor,
+        demo, tracing, importing, inspecting, analyze, solve, evaluate, compare, sweep, model,
+        doctor,
     ):  # fmt: skip
         module.register(app)
 

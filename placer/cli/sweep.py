@@ -46,6 +46,7 @@ def sweep(
             "--cluster", metavar="C,C,...", help="Presets or TOML files: step time is modelled."
         ),
     ] = "",
+    model: options.ModelName = None,
     batch_tokens: Annotated[
         str,
         typer.Option(
@@ -112,6 +113,7 @@ def sweep(
         seed=seed,
         time_limit_s=time_limit,
         holdout=holdout,
+        model=model,
         replica_policy=replica_policy.value,
     )
     execute = in_processes(jobs or _cores()) if ray is None else on_ray(ray)

@@ -13,6 +13,7 @@ from placer.placement import Placement, contiguous_like
 from placer.planning import Settings, cluster_of, refuse_broken_cap
 from placer.studies.fitting import Fitted, Halves, fit, halve
 from placer.sweep.grid import Cell, Shape
+from placer.timing import dims_for
 from placer.trace.concat import concatenate
 from placer.trace.memory import MemorySource
 from placer.trace.source import TraceSource
@@ -172,16 +173,19 @@ def _step_time(
     ignore_home: bool,
 ) -> dict[str, Any] | None:
     """Modelled microseconds of a batch; None without a cluster or without the model's size."""
-    from placer.cost import step_time
+    from placer.cost import Transport, step_time
 
     cluster = cluster_of(settings)
     if cluster is None:
         return None
+    dims, kv_bytes = dims_for(settings.model, judge)
     plan, contiguous = (
         step_time(
             judge.chunks(),
             which.for_rounds(judge.layer_ids),
             cluster,
+            dims=dims,
+            transport=Transport(kv_bytes_per_token=kv_bytes),
             dispatch=settings.dispatch,
             replica_policy=settings.replica_policy,
             batch_tokens=batch_tokens,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -89,6 +90,7 @@ def on_ray(address: str) -> Executor:
             import ray
         except ImportError:
             raise MissingExtraError("ray", "ray") from None
+        _check_answers(address)
         try:
             ray.init(
                 address=None if address == "local" else address,
@@ -97,10 +99,7 @@ def on_ray(address: str) -> Executor:
                 include_dashboard=False if address == "local" else None,
             )
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise PlacerError(
-                f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}",
-                "ray start --head on one machine; or --ray local",
-            ) from None
+            raise _no_cluster(address, str(error)) from None
         try:
             kept = ray.put(shared)
             task = ray.remote(num_cpus=1, max_retries=2)(run_job)
@@ -116,3 +115,21 @@ def on_ray(address: str) -> Executor:
             ray.shutdown()
 
     return execute
+
+
+def _check_answers(address: str) -> None:
+    """Raise PlacerError when nothing listens there: Ray itself would wait for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, str(error)) from None
+
+
+def _no_cluster(address: str, reason: str) -> PlacerError:
+    return PlacerError(
+        f"no Ray cluster answers at {address}: {reason.splitlines()[0]}",
+        "ray start --head on one machine; or --ray local",
+    )
