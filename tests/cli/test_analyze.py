@@ -16,7 +16,7 @@ from .running import fails, succeeds
 @pytest.fixture(scope="module")
 def deep_document(trace_folder):
     return succeeds(
-        "analyze", trace_folder, "--gpus", 4, "--gpus", 2, "--deep", "--time-limit", 60, "--json"
+        "analyze", trace_folder, "--gpus", 4, "--gpus", 2, "--deep", "--json"
     ).document()
 
 
@@ -39,7 +39,7 @@ def test_deep_adds_plans_judged_on_held_out_requests(trace_folder, deep_document
     assert deep["num_ranks"] == deep_document["verdict"]["num_ranks"] == 4
     assert not deep["interrupted"]
     assert "fewer" in deep_document["verdict"]["reasons"]["traffic"]
-    outcome = succeeds("analyze", trace_folder, "--gpus", 4, "--deep", "--time-limit", 60)
+    outcome = succeeds("analyze", trace_folder, "--gpus", 4, "--deep")
     assert "headroom" in outcome.stdout
     assert "how much to profile" in outcome.stdout
     assert max(len(line.rstrip()) for line in outcome.stdout.splitlines()) <= 120

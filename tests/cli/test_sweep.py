@@ -19,7 +19,7 @@ from placer.sweep.running import run_sweep
 
 from .running import fails, succeeds, usage_error
 
-OPTIONS = ["--gpus", "2,4", "--spare-slots", "0,1", "--time-limit", 60]
+OPTIONS = ["--gpus", "2,4", "--spare-slots", "0,1"]
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +63,7 @@ def test_every_cell_is_what_solve_and_evaluate_find(made, trace_folder, tmp_path
     assert document["found"] == document["missing"] == 0
     assert len(list((folder / "cells").glob("*.json"))) == 16
     plan = tmp_path / "plan.json"
-    succeeds(
-        "solve", trace_folder, "--gpus", 4, "--slots-per-rank", 5, "--time-limit", 60, "-o", plan
-    )
+    succeeds("solve", trace_folder, "--gpus", 4, "--slots-per-rank", 5, "-o", plan)
     judged = succeeds("evaluate", plan, trace_folder, "--batch-tokens", 16, "--json").document()
     wanted = {"num_ranks": 4, "num_nodes": 1, "spare_slots": 1, "dispatch": "alltoall",
               "cluster": "", "batch_tokens": 16}  # fmt: skip
@@ -115,7 +113,7 @@ def test_a_sweep_goes_on_where_it_was_cut(made, trace_folder, tmp_path, monkeypa
     for path in removed[1:]:
         path.unlink()
     document = succeeds(
-        "sweep", trace_folder, "--gpus", "2,4", "--spare-slots", "0,1", "--time-limit", 60,
+        "sweep", trace_folder, "--gpus", "2,4", "--spare-slots", "0,1",
         "--cluster", ",h100-nvl8", "--batch-tokens", "16,64", "-o", folder, "--jobs", 1, "--json",
     ).document()  # fmt: skip
     assert (document["found"], document["made"]) == (13, 3)
@@ -124,7 +122,7 @@ def test_a_sweep_goes_on_where_it_was_cut(made, trace_folder, tmp_path, monkeypa
 
 def test_ctrl_c_keeps_finished_cells(trace_folder, tmp_path):
     sources = open_traces([trace_folder])
-    settings = Settings(num_ranks=2, time_limit_s=60)
+    settings = Settings(num_ranks=2)
     grid = Grid(num_ranks=(2, 4), batch_tokens=(16,))
 
     def interrupted(text):
@@ -141,7 +139,7 @@ def test_ctrl_c_keeps_finished_cells(trace_folder, tmp_path):
 
 def test_processes_make_the_same_cells(made, trace_folder, tmp_path):
     document = succeeds(
-        "sweep", trace_folder, "--gpus", "2,4", "--time-limit", 60, "--batch-tokens", "16",
+        "sweep", trace_folder, "--gpus", "2,4", "--batch-tokens", "16",
         "--jobs", 2, "-o", tmp_path / "sweep", "--json",
     ).document()  # fmt: skip
     expected = [
@@ -174,7 +172,7 @@ def die(job):
 def test_impossible_cells_say_why_and_do_not_stop_the_rest(trace_folder, tmp_path):
     document = succeeds(
         "sweep", trace_folder, "--gpus", "4,16", "--nodes", "1,3", "--cluster", "h100-nvl8",
-        "--spare-slots", "0,20", "--time-limit", 60, "--jobs", 1, "-o", tmp_path / "s", "--json",
+        "--spare-slots", "0,20", "--jobs", 1, "-o", tmp_path / "s", "--json",
     ).document()  # fmt: skip
     outcomes = {
         (c["config"]["num_ranks"], c["config"]["spare_slots"]): c["error"]
@@ -187,14 +185,14 @@ def test_impossible_cells_say_why_and_do_not_stop_the_rest(trace_folder, tmp_pat
     assert len(outcomes) == 4  # 3 nodes divide neither
     text = succeeds(
         "sweep", trace_folder, "--gpus", "4,16", "--nodes", "1,3", "--cluster", "h100-nvl8",
-        "--spare-slots", "0,20", "--time-limit", 60, "-o", tmp_path / "s",
+        "--spare-slots", "0,20", "-o", tmp_path / "s",
     ).stdout  # fmt: skip
     assert "no plan for 1 cell(s): a node of h100-nvl8 has 8 ranks, not 16" in text
 
 
 def test_allgather_is_about_balance(trace_folder, tmp_path):
     cell = succeeds(
-        "sweep", trace_folder, "--gpus", 4, "--dispatch", "allgather", "--time-limit", 60,
+        "sweep", trace_folder, "--gpus", 4, "--dispatch", "allgather",
         "--jobs", 1, "-o", tmp_path / "s", "--json",
     ).document()["cells"][0]  # fmt: skip
     assert cell["result"]["headline"] == "imbalance"

@@ -18,7 +18,7 @@ from placer.studies.learning import enough
 from placer.trace import MemorySource, make_trace
 from tests.conftest import topic_trace
 
-SETTINGS = Settings(num_ranks=4, max_imbalance=1.1, cap_is_default=True, time_limit_s=60)
+SETTINGS = Settings(num_ranks=4, max_imbalance=1.1, cap_is_default=True)
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +204,7 @@ def test_a_search_that_is_cut_short_is_no_figure(source, monkeypatch):
 
 def test_allgather_is_judged_by_balance(source, monkeypatch):
     monkeypatch.setattr(deep, "learning_curve", lambda *_: iter(()))
-    found = deep_analysis(source, Settings(num_ranks=4, dispatch="allgather", time_limit_s=60))
+    found = deep_analysis(source, Settings(num_ranks=4, dispatch="allgather"))
     assert found["headline"] == "imbalance"
     assert found["headroom"]["figure"] in ("balance", "imbalance")
     assert found["headroom"]["held_out"]["figures"][0] == "imbalance"
