@@ -64,6 +64,30 @@ def write_json(path: Path, document: Any, *, force: bool = False) -> None:
         temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
+def load_json(path: Path, what: str) -> Any:
+    """Any JSON document; `what` names the expected kind of file in messages.
+
+    Raises:
+        BadFileError: missing, a folder, unreadable, not JSON, or with NaN or infinity in it.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text, parse_constant=_refuse_constant)
+    except FileNotFoundError:
+        raise BadFileError(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise BadFileError(f"{path} is a folder, not a {what} file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadFileError(f"{path} cannot be read: {error}") from None
+    except json.JSONDecodeError as error:
+        raise BadFileError(
+            f"{path} is not valid JSON: {error.msg} at line {error.lineno}",
+            "was the file truncated? make it anew",
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise BadFileError(f"{path} is not valid JSON: {error}") from None
+
+
 def read_json(path: Path, expected_format: str, newest_version: int) -> dict[str, Any]:
     """Read a JSON object that names its format and version.
 
@@ -75,22 +99,7 @@ def read_json(path: Path, expected_format: str, newest_version: int) -> dict[str
     Raises:
         BadFileError: missing, not JSON, of another format, or of a newer version.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        document = json.loads(text, parse_constant=_refuse_constant)
-    except FileNotFoundError:
-        raise BadFileError(f"{path} does not exist") from None
-    except IsADirectoryError:
-        raise BadFileError(f"{path} is a folder, not a {expected_format} file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadFileError(f"{path} cannot be read: {error}") from None
-    except json.JSONDecodeError as error:
-        raise BadFileError(
-            f"{path} is not valid JSON: {error.msg} at line {error.lineno}",
-            "was the file truncated? make it anew",
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise BadFileError(f"{path} is not valid JSON: {error}") from None
+    document = load_json(path, expected_format)
     found = document.get("format") if isinstance(document, dict) else None
     if not isinstance(document, dict) or found != expected_format:
         raise BadFileError(f"{path} is not a {expected_format} file (its format says {found!r})")

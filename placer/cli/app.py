@@ -78,6 +78,7 @@ def _register() -> None:
         demo,
         doctor,
         evaluate,
+        exporting,
         importing,
         inspecting,
         model,
@@ -87,8 +88,8 @@ def _register() -> None:
     )
 
     for module in (
-        demo, tracing, importing, inspecting, analyze, solve, evaluate, compare, sweep, model,
-        doctor,
+        demo, tracing, importing, inspecting, analyze, solve, evaluate, compare, sweep,
+        exporting, model, doctor,
     ):  # fmt: skip
         module.register(app)
 
