@@ -1,4 +1,4 @@
-"""`placer import`: make a trace of what another program recorded."""
+"""`placer import`: make a trace or a plan of what another program wrote."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from placer.cli import options
 
 if TYPE_CHECKING:
     from placer.engines.importing import ImportedRecords
+    from placer.engines.registry import PlanFormat, PlanHints
 
 
 def register(app: typer.Typer) -> None:
@@ -24,7 +25,9 @@ def import_(
     output: Annotated[
         Path,
         typer.Option(
-            "-o", "--output", help="Folder of the new trace; a file where only load was recorded."
+            "-o",
+            "--output",
+            help="Folder of the new trace; a file for a plan, or where only load was recorded.",
         ),
     ],
     source_format: Annotated[
@@ -33,7 +36,7 @@ def import_(
             "--from",
             metavar="FORMAT",
             help="npz, sglang, routed-experts, vllm-load, tensorrt-llm, vllm-ascend, omni-infer, "
-            "matrix or table.",
+            "matrix, table; plans also eplb, fastdeploy, rank-lists.",
         ),
     ] = "npz",
     num_experts: Annotated[
@@ -52,16 +55,36 @@ def import_(
             help="Real numbers of the MoE layers, like 1-26 or 0,2,4.",
         ),
     ] = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option("--gpus", min=1, help="Of a plan: its ranks, where PATH does not say."),
+    ] = None,
+    nodes: Annotated[
+        int | None,
+        typer.Option("--nodes", min=1, help="Of a plan: hosts of its ranks. Default: one."),
+    ] = None,
     force: options.Force = False,
     json_output: options.JsonOutput = False,
 ) -> None:
-    """Make a trace of what another program recorded (docs/engines/).
+    """Make a trace of what another program recorded, or a plan of its placement (docs/engines/).
 
     Where tokens were recorded, a trace; where only load was, a load record, which solves for
-    balance alone.
+    balance alone. A file that an engine loads its placement from becomes a plan.
 
     Example: placer import recorder/ --from sglang -o trace
     """
+    from placer.engines.importing import plan_format_of
+    from placer.errors import UsageError
+
+    plan_format = plan_format_of(source_format, file)
+    if plan_format is not None:
+        from placer.engines.registry import PlanHints
+
+        plan_hints = PlanHints(gpus, nodes, num_experts, parse_layer_ids(layer_ids))
+        import_plan(file, output, plan_format, plan_hints, force, json_output)
+        return
+    if gpus or nodes:
+        raise UsageError(f"--gpus and --nodes are for plans, and {file} is none")
     from placer.engines.importing import import_records
     from placer.engines.records import Hints
     from placer.report.console import progress_status, show, show_warnings
@@ -75,6 +98,39 @@ def import_(
     show_warnings(imported.warnings)
     document = summary_of(imported)
     show(json_output, document, lambda: [summary_line(document)])
+
+
+def import_plan(
+    file: Path,
+    output: Path,
+    plan_format: PlanFormat,
+    hints: PlanHints,
+    force: bool,
+    json_output: bool,
+) -> None:
+    """Write an engine's placement as a plan of placer's."""
+    from placer.errors import UsageError
+    from placer.files import check_output_file
+    from placer.plan import write_plan
+    from placer.report.console import show, show_warnings
+    from placer.report.plans import plan_summary
+
+    if output.suffix != ".json":
+        raise UsageError(
+            f"{file} is a {plan_format.title}, which becomes a plan, a .json file",
+            f"-o {output.with_suffix('.json')}",
+        )
+    check_output_file(output, force)
+    imported = plan_format.read(file, hints)
+    write_plan(imported.plan, output, force=force)
+    show_warnings(imported.warnings)
+    document = {
+        "kind": "plan",
+        "path": str(output),
+        "warnings": imported.warnings,
+        **imported.plan.to_document(),
+    }
+    show(json_output, document, lambda: plan_summary(document))
 
 
 def summary_of(imported: ImportedRecords) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`import_records`: what an engine recorded, as a trace or a load record of placer's."""
+"""What an engine wrote: a plan, or a record that becomes a trace or a load record of placer's."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from placer.engines.records import RECORD_FORMATS, Hints
+from placer.engines.registry import ENGINES, PlanFormat, recognised_plan
 from placer.errors import UsageError
 from placer.files import check_output_file
 from placer.trace.importing import new_trace_folder, write_trace
@@ -28,6 +29,16 @@ class ImportedRecords:
     warnings: list[str]
 
 
+def plan_format_of(name: str, path: Path) -> PlanFormat | None:
+    """The kind of plan to read from `path`; None when it is to be read as a record.
+
+    Some engines' names stand for both; then the file decides.
+    """
+    if name in ENGINES and name not in RECORD_FORMATS:
+        return recognised_plan(name, path) or next(ENGINES[name].plan_formats())
+    return recognised_plan(name, path)
+
+
 def import_records(
     path: Path, output: Path, *, record_format: str, hints: Hints | None = None, force: bool = False
 ) -> ImportedRecords:
@@ -48,7 +59,8 @@ def import_records(
     """
     if record_format not in RECORD_FORMATS:
         raise UsageError(
-            f"there is no format {record_format!r}", f"formats: {', '.join(RECORD_FORMATS)}"
+            f"there is no format {record_format!r}",
+            f"formats: {', '.join({**RECORD_FORMATS, **ENGINES})}",
         )
     _check_output(output, force)
     recorded = RECORD_FORMATS[record_format].read(path, hints or Hints())

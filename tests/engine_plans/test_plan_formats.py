@@ -12,8 +12,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from placer.engines.plans.hidden_layers import ranges
 from placer.engines.plans.tables import fill_empty_slots
+from placer.engines.readers.common import ranges
 from placer.engines.registry import (
     ENGINES,
     ExportOptions,
@@ -48,7 +48,9 @@ def without_copies() -> Plan:
 
 @every_kind
 @given(plan=plans())
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_a_plan_comes_back_as_it_was_written(name, kind, plan, tmp_path):
     path = write(plan, kind, tmp_path)
     assert recognised_plan(name, path) is not None

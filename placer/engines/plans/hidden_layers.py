@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from placer.engines.plans.tables import (
     imported_plan,
     needed_gpus,
 )
+from placer.engines.readers.common import ranges
 from placer.engines.registry import ExportOptions, ImportedPlan, PlanHints
 from placer.errors import UsageError
 from placer.plan import Plan
@@ -73,12 +73,3 @@ def plan_of_hidden_layers(
             "--layer-ids names those that count"
         )
     return imported
-
-
-def ranges(numbers: list[int]) -> str:
-    """Increasing numbers as 0-2, 5."""
-    runs = [
-        [number for _, number in run]
-        for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
-    ]
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

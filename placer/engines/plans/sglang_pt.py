@@ -8,38 +8,15 @@ from __future__ import annotations
 
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 from placer.engines.plans.hidden_layers import hidden_layer_table, plan_of_hidden_layers
 from placer.engines.plans.sglang_json import KEY, serving_options
 from placer.engines.plans.tables import integer_table
+from placer.engines.readers.common import load_torch
 from placer.engines.registry import ExportOptions, ImportedPlan, PlanFormat, PlanHints
 from placer.errors import BadFileError, MissingExtraError, PlacerError
 from placer.files import atomic_path
 from placer.plan import Plan
-
-
-def load_torch(path: Path) -> Any:
-    """What torch saved, tensors and plain values only: nothing is ever unpickled."""
-    try:
-        import torch
-    except ImportError:
-        raise MissingExtraError("torch", "trace") from None
-    import pickle
-
-    if not path.is_file():
-        raise BadFileError(f"{path} is a folder" if path.is_dir() else f"{path} does not exist")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise BadFileError(
-            f"{path} holds more than tensors and plain values, and placer unpickles nothing"
-        ) from None
-    except (RuntimeError, ValueError, OSError, EOFError, KeyError, TypeError) as error:
-        first = (str(error) or repr(error)).strip().splitlines()[0]
-        raise BadFileError(
-            f"{path} is not a readable PyTorch file: {first}", "was it truncated?"
-        ) from None
 
 
 def recognises(path: Path) -> bool:
