@@ -13,10 +13,13 @@ All coefficients are integers, so that every back end counts exactly what the ot
 
 | back end | through | limit on the work | same answer everywhere | Ctrl-C, `Budget.stop` |
 | --- | --- | --- | --- | --- |
-| `cp_sat` | OR-tools | its deterministic time | yes | keeps the best point |
-| `highs` | OR-tools MathOpt | nodes, and seconds | no: the seconds | keeps the best point |
-| `scip` | OR-tools MathOpt | nodes, and seconds | no: the seconds | keeps the best point |
-| `cbc` | PuLP | nodes, and seconds | no: the seconds | in a terminal only |
+| `cp_sat` | OR-tools | its deterministic time | yes | at once |
+| `highs` | OR-tools MathOpt | nodes, and seconds | no: the seconds | between slices |
+| `scip` | OR-tools pywraplp | nodes, and seconds | no: the seconds | at once |
+| `cbc` | PuLP | nodes, and seconds | no: the seconds | between slices |
+
+HiGHS and CBC cannot be stopped from outside, so they run in slices of 0.5, 1, 2, 4, ... seconds,
+each from the best point of the one before.
 
 Every back end starts from a feasible point, and none answers with a worse one.
 """
@@ -24,6 +27,7 @@ Every back end starts from a feasible point, and none answers with a worse one.
 from __future__ import annotations
 
 import threading
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,6 +43,7 @@ Backend = Literal["cp_sat", "highs", "scip", "cbc"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 _NODES_PER_EFFORT = 500
 _SECONDS_PER_EFFORT = 3.0
+_FIRST_SLICE_SECONDS = 0.5
 
 Point = NDArray[np.int64]
 
@@ -144,8 +149,8 @@ def solve(
         budget: wall-clock limit and interruption.
     """
     assert program.is_feasible(start)
-    run = {"cp_sat": _cp_sat, "highs": _math_opt, "scip": _math_opt, "cbc": _cbc}[backend]
-    values, upper_bound, proved = run(program, backend, start, effort, budget)
+    run = {"cp_sat": _cp_sat, "scip": _scip, "highs": _in_slices(_highs), "cbc": _in_slices(_cbc)}
+    values, upper_bound, proved = run[backend](program, start, effort, budget)
     if values is None or not program.is_feasible(values):
         return Answer(start, upper_bound, False)
     if program.value(values) < program.value(start):
@@ -154,11 +159,10 @@ def solve(
 
 
 _Found = tuple[Point | None, float | None, bool]
+"""The best point, an upper bound, and whether the point was proved optimal; None if unknown."""
 
 
-def _cp_sat(
-    program: IntegerProgram, backend: Backend, start: Point, effort: float, budget: Budget
-) -> _Found:
+def _cp_sat(program: IntegerProgram, start: Point, effort: float, budget: Budget) -> _Found:
     from ortools.sat.python import cp_model
 
     model = cp_model.CpModel()
@@ -181,6 +185,7 @@ def _cp_sat(
         model.add_hint(variable, int(value))
     solver = cp_model.CpSolver()
     solver.parameters.num_workers = 1
+    solver.parameters.interleave_search = True  # all strategies in turn, deterministically
     solver.parameters.random_seed = 0
     solver.parameters.linearization_level = 2
     solver.parameters.max_deterministic_time = effort
@@ -220,11 +225,67 @@ def _run_interruptibly(run: Callable[[], Any], stop: Callable[[], None], budget:
     return outcome[0]
 
 
-def _math_opt(
-    program: IntegerProgram, backend: Backend, start: Point, effort: float, budget: Budget
-) -> _Found:
+def _scip(program: IntegerProgram, start: Point, effort: float, budget: Budget) -> _Found:
+    from ortools.linear_solver import pywraplp
+
+    solver = pywraplp.Solver.CreateSolver("SCIP")
+    infinity = solver.infinity()
+    x = [solver.IntVar(least, most, "") for least, most in program.limits]
+    for coefficients, lowest, highest in program.linear_rows():
+        row = solver.Constraint(-infinity if lowest is None else lowest, highest)
+        for v, weight in coefficients.items():
+            row.SetCoefficient(x[v], weight)
+    objective = solver.Objective()
+    objective.SetMaximization()
+    for v, weight in program.weights.items():
+        objective.SetCoefficient(x[v], weight)
+    solver.SetHint(x, [float(value) for value in start])
+    solver.SetTimeLimit(round(1e3 * min(budget.remaining(), _SECONDS_PER_EFFORT * effort)))
+    exact = pywraplp.MPSolverParameters()
+    exact.SetDoubleParam(exact.RELATIVE_MIP_GAP, 0.0)
+    nodes = max(1, round(_NODES_PER_EFFORT * effort))
+    solver.SetSolverSpecificParametersAsString(f"limits/nodes = {nodes}\n")
+    status = _run_interruptibly(lambda: solver.Solve(exact), solver.InterruptSolve, budget)
+    bound = objective.BestBound()
+    upper_bound = float(bound) if abs(bound) < 1e15 else None
+    if status not in (solver.OPTIMAL, solver.FEASIBLE):
+        return None, None, False
+    values = np.array([round(variable.solution_value()) for variable in x], np.int64)
+    return values, upper_bound, status == solver.OPTIMAL
+
+
+_Slice = Callable[[IntegerProgram, Point, int, float], _Found]
+"""(program, start, nodes, seconds): one run that cannot be stopped."""
+
+
+def _in_slices(run: _Slice) -> Callable[[IntegerProgram, Point, float, Budget], _Found]:
+    """`run` again and again, twice as long each time, until it is done or the budget is over."""
+
+    def sliced(program: IntegerProgram, start: Point, effort: float, budget: Budget) -> _Found:
+        left, seconds = _SECONDS_PER_EFFORT * effort, _FIRST_SLICE_SECONDS
+        nodes = max(1, round(_NODES_PER_EFFORT * effort))
+        best, best_bound = start, float("inf")
+        while left > 0 and not budget.expired():
+            seconds = min(seconds, left, budget.remaining())
+            started = time.monotonic()
+            values, upper_bound, proved = run(program, best, nodes, seconds)
+            if upper_bound is not None:
+                best_bound = min(best_bound, upper_bound)
+            if values is not None and program.value(values) >= program.value(best):
+                best = values
+                if proved:
+                    return best, best_bound, True
+            if time.monotonic() - started < 0.9 * seconds:  # the nodes were its limit
+                break
+            left -= seconds
+            seconds *= 2
+        return best, best_bound if np.isfinite(best_bound) else None, False
+
+    return sliced
+
+
+def _highs(program: IntegerProgram, start: Point, nodes: int, seconds: float) -> _Found:
     from ortools.math_opt.python import mathopt
-    from ortools.util.python.solve_interrupter import SolveInterrupter
 
     model = mathopt.Model()
     x = [
@@ -240,28 +301,20 @@ def _math_opt(
     model.objective.is_maximize = True
     for v, weight in program.weights.items():
         model.objective.set_linear_coefficient(x[v], float(weight))
-    parameters = mathopt.SolveParameters(
-        time_limit=timedelta(seconds=min(budget.remaining(), _SECONDS_PER_EFFORT * effort)),
-        node_limit=max(1, round(_NODES_PER_EFFORT * effort)),
+    parameters = mathopt.SolveParameters(  # HiGHS through MathOpt refuses `threads`
+        time_limit=timedelta(seconds=seconds),
+        node_limit=nodes,
         relative_gap_tolerance=0.0,
         random_seed=0,
-        threads=None if backend == "highs" else 1,  # HiGHS through MathOpt refuses the option
     )
     hint = mathopt.SolutionHint(
         variable_values={variable: float(v) for variable, v in zip(x, start, strict=True)}
     )
-    interrupter = SolveInterrupter()
-    kind = mathopt.SolverType.HIGHS if backend == "highs" else mathopt.SolverType.GSCIP
-    result = _run_interruptibly(
-        lambda: mathopt.solve(
-            model,
-            kind,
-            params=parameters,
-            model_params=mathopt.ModelSolveParameters(solution_hints=[hint]),
-            interrupter=interrupter,
-        ),
-        interrupter.interrupt,
-        budget,
+    result = mathopt.solve(
+        model,
+        mathopt.SolverType.HIGHS,
+        params=parameters,
+        model_params=mathopt.ModelSolveParameters(solution_hints=[hint]),
     )
     bound = result.termination.objective_bounds.dual_bound
     upper_bound = float(bound) if np.isfinite(bound) else None
@@ -273,9 +326,7 @@ def _math_opt(
     return values, upper_bound, proved
 
 
-def _cbc(
-    program: IntegerProgram, backend: Backend, start: Point, effort: float, budget: Budget
-) -> _Found:
+def _cbc(program: IntegerProgram, start: Point, nodes: int, seconds: float) -> _Found:
     import pulp
 
     with warnings.catch_warnings():
@@ -300,8 +351,8 @@ def _cbc(
         command = pulp.PULP_CBC_CMD(
             msg=False,
             warmStart=True,
-            timeLimit=max(1.0, min(budget.remaining(), _SECONDS_PER_EFFORT * effort)),
-            maxNodes=max(1, round(effort * _NODES_PER_EFFORT)),
+            timeLimit=max(1.0, seconds),
+            maxNodes=nodes,
             gapRel=0.0,
         )
         try:
