@@ -332,12 +332,14 @@ def _cbc(program: IntegerProgram, start: Point, nodes: int, seconds: float) -> _
     with warnings.catch_warnings():
         # PuLP 3 announces names of PuLP 4 that PuLP 2 lacks
         warnings.simplefilter("ignore", DeprecationWarning)
-        model = pulp.LpProblem("placement", pulp.LpMaximize)
+        # minimised: told to maximise, CBC 2.10.3 mistakes the sign of the start's value, prunes
+        # what is better and calls the start optimal
+        model = pulp.LpProblem("placement", pulp.LpMinimize)
         x = [
             pulp.LpVariable(f"x{v}", lowBound=least, upBound=most, cat="Integer")
             for v, (least, most) in enumerate(program.limits)
         ]
-        model += pulp.LpAffineExpression((x[v], weight) for v, weight in program.weights.items())
+        model += pulp.LpAffineExpression((x[v], -weight) for v, weight in program.weights.items())
         for coefficients, lowest, highest in program.linear_rows():
             total = pulp.LpAffineExpression((x[v], weight) for v, weight in coefficients.items())
             if lowest == highest:

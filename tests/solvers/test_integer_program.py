@@ -63,6 +63,20 @@ def test_every_back_end_finds_the_optimum_of_brute_force(backend, seed):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_start_that_costs_something_is_not_called_optimal(backend):
+    """CBC did, where the objective was to be maximised and the start's value was negative."""
+    program = IntegerProgram()
+    x = program.binaries(6)
+    (most,) = program.integers(1, 0, 20)
+    program.total(x, 2)
+    for v, cost in zip(x, (9, 8, 7, 3, 2, 1), strict=True):
+        program.at_most({v: cost, most: -1}, 0)
+    program.minimise({most: 1})
+    answer = solve(program, backend, np.array([1, 1, 0, 0, 0, 0, 9]), 5.0, Budget())
+    assert (answer.values[6], answer.optimal) == (2, True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_no_back_end_answers_with_less_than_it_began_with(backend):
     """A budget that is over at once leaves the point to begin with, or a better one."""
     rng = np.random.default_rng(0)
