@@ -28,6 +28,14 @@ def check_output_file(path: Path, force: bool) -> None:
         raise UsageError(f"the folder {path.parent} does not exist", f"mkdir -p {path.parent}")
 
 
+def check_output_folder(path: Path, force: bool) -> None:
+    """Raise UsageError when no folder of our own can be put at `path`."""
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file, expected the name of a folder")
+    if path.is_dir() and any(path.iterdir()) and not force:
+        raise UsageError(f"{path} exists already", "give another path, or --force to replace it")
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path, *, force: bool = False) -> Iterator[Path]:
     """Give a temporary path beside `path`; rename it to `path` when the block succeeds.

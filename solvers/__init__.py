@@ -6,6 +6,7 @@ This package knows nothing of files, torch or the command line.
 """
 
 from solvers.budget import Budget
+from solvers.frontier import frontier, knee
 from solvers.problem import Problem
 from solvers.registry import get, names, register
 from solvers.result import InfeasibleProblem, NoSolutionFound, Result, Solution
@@ -19,7 +20,9 @@ __all__ = [
     "Result",
     "Solution",
     "capped_imbalance",
+    "frontier",
     "get",
+    "knee",
     "names",
     "register",
     "solve",

@@ -41,6 +41,10 @@ class Budget:
             return float("inf")
         return max(0.0, self.seconds - (time.monotonic() - self._start))
 
+    def elapsed(self) -> float:
+        """Seconds since construction."""
+        return time.monotonic() - self._start
+
     def part(self, share: float) -> Budget:
         """A budget of a share of the remaining time; stopping one stops the other."""
         seconds = None if self.seconds is None else share * self.remaining()

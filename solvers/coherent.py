@@ -175,7 +175,7 @@ def search_coherent(layers: Layers, seed: int, budget: Budget, caps: Caps) -> li
         starts = search.starts()
         if problem.current is not None:
             search.visited.append(search.judged(starts))
-        chained = _chained(search)
+        warm_start = chained(search)
         floor = caps.floor
         load = Bisection(max(FIRST_PRICE, 3 * floor), floor)
         move = Bisection(0.3 * layers.token_share)
@@ -188,10 +188,9 @@ def search_coherent(layers: Layers, seed: int, budget: Budget, caps: Caps) -> li
                 tuple((price * weight).tolist()),
                 0.0 if caps.moves is None else move.price,
             )
-            warm = number % 2 == 1 and chained is not None
+            warm = warm_start if number % 2 == 1 else None
             found = search.run(
-                prices, number, chained if warm and chained is not None else starts,
-                FIRST_HEAT / 4 if warm else FIRST_HEAT,
+                prices, number, warm or starts, FIRST_HEAT / 4 if warm else FIRST_HEAT
             )  # fmt: skip
             if caps.imbalance is not None:
                 load.tell(found.imbalance <= caps.imbalance)
@@ -275,7 +274,7 @@ def coherent_traffic(layers: Layers, placement: Sequence[Slots]) -> Floats:
     return total / len(placement)
 
 
-def _chained(search: Search) -> list[Slots] | None:
+def chained(search: Search) -> list[Slots] | None:
     """The placement that keeps most primary flow on its rank, where nothing else is asked."""
     from solvers.chain import effort_for, keep_flow
 

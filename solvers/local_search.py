@@ -128,18 +128,25 @@ class Search:
                 if found is not None:
                     self.pools[found[0]].append(found[1])
 
-    def improve(self, caps: Sequence[Caps], *, warm: bool) -> None:
+    def improve(
+        self, caps: Sequence[Caps], *, warm: bool, around: Sequence[float] = AROUND
+    ) -> None:
         """Anneal around the prices at which the candidates trade under each of the caps."""
         wanted: dict[Prices, None] = {}
         for cap in caps:
             settled = prices(self.pools, self.problem, cap)
             dear = sum(settled.imbalance) > cap.floor
-            wanted |= dict.fromkeys(settled.scaled(f) for f in (AROUND if dear else (1.0,)))
+            wanted |= dict.fromkeys(settled.scaled(f) for f in (around if dear else (1.0,)))
         self.extend(list(wanted), self.proposals, warm=warm)
 
     def placement(self, caps: Caps) -> list[Slots]:
         """The best choice so far."""
         return [candidate.slots for candidate in choose(self.pools, self.problem, caps)]
+
+    def imbalance(self, caps: Caps) -> float:
+        """Mean imbalance of the best choice so far."""
+        chosen = choose(self.pools, self.problem, caps)
+        return float(self.problem.aggregate(np.mean([c.imbalance for c in chosen], axis=0)))
 
 
 def search_layers(layers: Layers, seed: int, budget: Budget, caps: Caps) -> list[Slots]:

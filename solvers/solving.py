@@ -57,10 +57,10 @@ def solve(
     elif time_limit is not None:
         raise ValueError("give time_limit or budget, not both")
     start = time.perf_counter()
-    with _ctrl_c_stops(budget):
+    with ctrl_c_stops(budget):
         solution = entry.function(problem, seed, budget)
     seconds = time.perf_counter() - start
-    return _result(problem, solution, solver, seed, seconds)
+    return result_of(problem, solution, solver, seed, seconds)
 
 
 def capped_imbalance(parts: dict[str, float]) -> float:
@@ -79,7 +79,9 @@ def keeps_cap(problem: Problem, parts: dict[str, float]) -> bool:
     return cap is None or capped_imbalance(parts) <= cap * (1 + TOLERANCE)
 
 
-def _result(problem: Problem, solution: Solution, solver: str, seed: int, seconds: float) -> Result:
+def result_of(
+    problem: Problem, solution: Solution, solver: str, seed: int, seconds: float
+) -> Result:
     try:
         parts = check.check(problem, solution.placement)
     except ValueError as error:
@@ -121,7 +123,7 @@ def _result(problem: Problem, solution: Solution, solver: str, seed: int, second
 
 
 @contextmanager
-def _ctrl_c_stops(budget: Budget) -> Iterator[None]:
+def ctrl_c_stops(budget: Budget) -> Iterator[None]:
     """Turn the first Ctrl-C into `budget.stop()`.
 
     Only the main thread can, and only where nobody else has claimed Ctrl-C.

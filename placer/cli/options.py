@@ -34,6 +34,23 @@ class PhaseName(StrEnum):
     decode = "decode"
 
 
+class BalanceOverName(StrEnum):
+    """What imbalance is the mean of while solving."""
+
+    requests = "requests"
+    batches = "batches"
+    workloads = "workloads"
+    trace = "trace"
+
+
+class RobustName(StrEnum):
+    """What several workloads come to."""
+
+    mean = "mean"
+    worst = "worst"
+    cvar = "cvar"
+
+
 class ReplicaPolicyName(StrEnum):
     """Which copy of a replicated expert serves a token."""
 
@@ -67,9 +84,49 @@ MaxImbalance = Annotated[
     typer.Option(
         "--max-imbalance",
         metavar="X|none",
-        help="Cap on max / mean rank load (mean over layers), in-sample; with replicas, of "
-        "the load that ranks serve. "
+        help="Cap on max / mean rank load, averaged over layers and what --balance-over says; "
+        "with replicas, of the load that ranks serve. "
         "Default: 1.10 for objective traffic; none lifts it.",
+    ),
+]
+BalanceOver = Annotated[
+    BalanceOverName,
+    typer.Option(
+        "--balance-over",
+        help="What imbalance is averaged over: folds of the requests (what unseen requests will "
+        "show), forward passes, workloads (labels, or traces), or the trace as a whole.",
+    ),
+]
+Robust = Annotated[
+    RobustName | None,
+    typer.Option(
+        "--robust",
+        help="One plan for several workloads (traces given, or labels), each counting alike: "
+        "their mean, the worst, or the mean of the worse half (cvar).",
+    ),
+]
+Start = Annotated[
+    Path | None, typer.Option("--start", help="A plan in use: the search starts there.")
+]
+MaxMoves = Annotated[
+    int | None,
+    typer.Option("--max-moves", min=0, help="Most expert copies moved against --start."),
+]
+Pins = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--pin",
+        metavar="[LAYER:]EXPERT@RANK",
+        help="Keep a copy of an expert on a rank, in one layer or in all. Repeatable.",
+    ),
+]
+SlotBudget = Annotated[
+    int | None,
+    typer.Option(
+        "--slot-budget",
+        min=1,
+        help="Most slots that a rank fills over all layers: layers that gain most from replicas "
+        "get them, up to --slots-per-rank.",
     ),
 ]
 Phase = Annotated[PhaseName | None, typer.Option("--phase", help="Use only this phase.")]

@@ -26,6 +26,20 @@ def solve(
         options.ObjectiveName, typer.Option("--objective", help="What to minimise.")
     ] = options.ObjectiveName.traffic,
     max_imbalance: options.MaxImbalance = None,
+    balance_over: options.BalanceOver = options.BalanceOverName.requests,
+    robust: options.Robust = None,
+    pareto: Annotated[
+        bool,
+        typer.Option(
+            "--pareto",
+            help="The frontier between messages and imbalance: a table, and beside the plan (its "
+            "knee) a folder with every point's plan, a file and a picture.",
+        ),
+    ] = False,
+    slot_budget: options.SlotBudget = None,
+    pin: options.Pins = None,
+    start: options.Start = None,
+    max_moves: options.MaxMoves = None,
     phase: options.Phase = None,
     solver: Annotated[
         str, typer.Option("--solver", help="auto, or a name from `placer doctor`.")
@@ -50,16 +64,22 @@ def solve(
     Example: placer solve trace --gpus 8 --max-imbalance 1.10 -o plan.json
     """
     from placer.errors import UsageError
-    from placer.files import check_output_file
+    from placer.files import check_output_file, check_output_folder
     from placer.load_planning import only_load, plan_from_load
     from placer.plan import write_plan
-    from placer.planning import Settings, make_plan, open_traces
+    from placer.planning import Settings, cap_warnings, make_frontier, make_plan, open_traces
     from placer.report.console import progress_status, show, show_warnings
+    from placer.report.frontier import frontier_folder, frontier_table, write_frontier
     from placer.report.plans import plan_summary
     from placer.trace.load import is_load
-    from solvers import capped_imbalance
 
     check_output_file(output, force)
+    if pareto:
+        check_output_folder(frontier_folder(output), force)
+        if max_imbalance is not None:
+            raise UsageError("--pareto goes through all caps; it takes no --max-imbalance")
+        if any(is_load(path) for path in traces):
+            raise UsageError("a load record has no messages to trade for balance: no --pareto")
     if model is None and kv_tokens:
         raise UsageError("--kv-tokens needs to know the model", "--model deepseek-v3")
     settings = Settings(
@@ -70,6 +90,12 @@ def solve(
         objective=objective.value,
         max_imbalance=options.parse_max_imbalance(max_imbalance, objective.value, solver),
         cap_is_default=max_imbalance is None,
+        balance_over=balance_over.value,
+        robust=robust.value if robust else None,
+        slot_budget=slot_budget,
+        pins=tuple(pin or ()),
+        start=None if start is None else str(start),
+        max_moves=max_moves,
         phase=phase.value if phase else None,
         solver=solver,
         seed=seed,
@@ -89,15 +115,18 @@ def solve(
         else:
             sources = open_traces(traces)
             show_warnings([warning for source in sources for warning in source.warnings])
-            plan = make_plan(sources, settings, progress)
-    cap, reached = settings.max_imbalance, capped_imbalance(plan.certificate["parts"])
-    if settings.cap_is_default and cap is not None and reached > cap:
-        show_warnings(
-            [
-                f"the default cap on imbalance, {cap:.2f}, could not be kept: this plan has "
-                f"{reached:.3f} in-sample (--slots-per-rank for replicas brings it down)"
-            ]
-        )
+            if pareto:
+                frontier = make_frontier(sources, settings, progress)
+                plan = frontier.knee.plan
+            else:
+                plan = make_plan(sources, settings, progress)
+    if not pareto:
+        show_warnings(cap_warnings(plan, settings))
     write_plan(plan, output, force=force)
     document = {"path": str(output), **plan.to_document()}
-    show(json_output, document, lambda: plan_summary(document))
+    if not pareto:
+        show(json_output, document, lambda: plan_summary(document))
+        return
+    folder = write_frontier(frontier, output, force=force)
+    points = {"path": str(folder), **frontier.to_document()}
+    show(json_output, points, lambda: [*plan_summary(document), *frontier_table(points)])

@@ -46,6 +46,15 @@ class ConcatenatedSource(TraceSource):
         self._request_shift = self._shifts("request")
         self._step_shift = self._shifts("step") if self.has_step else [0] * len(sources)
 
+    def part_names(self) -> tuple[str, ...]:
+        """The name of each source."""
+        return tuple(source.name for source in self._sources)
+
+    def part_of(self, requests: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[R] which source each request comes from."""
+        found: NDArray[np.int64] = np.searchsorted(self._request_shift, requests, side="right") - 1
+        return found
+
     def _shifts(self, column: str) -> list[int]:
         shifts, shift = [], 0
         for source in self._sources:

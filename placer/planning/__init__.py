@@ -1,0 +1,53 @@
+"""From traces to plans: split the requests, pose the problem, solve it, judge what comes out."""
+
+from placer.planning.frontier import Frontier, make_frontier
+from placer.planning.making import (
+    cap_warnings,
+    check_solver,
+    make_plan,
+    placement_of,
+    plan_of_result,
+    refuse_broken_cap,
+    run_solver,
+    versions,
+)
+from placer.planning.parts import Parts, digest_of, judging_part, open_traces, split_sources
+from placer.planning.posing import build_problem, sample_tokens
+from placer.planning.pricing import cluster_of, prices, slots_needed
+from placer.planning.settings import (
+    CAPPED_SOLVERS,
+    DEFAULT_MAX_IMBALANCE,
+    DEFAULT_NODE_WEIGHT,
+    PROFILE_TOKENS,
+    Progress,
+    Settings,
+)
+
+__all__ = [
+    "CAPPED_SOLVERS",
+    "DEFAULT_MAX_IMBALANCE",
+    "DEFAULT_NODE_WEIGHT",
+    "PROFILE_TOKENS",
+    "Frontier",
+    "Parts",
+    "Progress",
+    "Settings",
+    "build_problem",
+    "cap_warnings",
+    "check_solver",
+    "cluster_of",
+    "digest_of",
+    "judging_part",
+    "make_frontier",
+    "make_plan",
+    "open_traces",
+    "placement_of",
+    "plan_of_result",
+    "prices",
+    "refuse_broken_cap",
+    "run_solver",
+    "sample_tokens",
+    "slots_needed",
+    "split_sources",
+    "versions",
+]

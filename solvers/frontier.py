@@ -1,0 +1,115 @@
+"""The frontier between traffic and imbalance: placements of which none is better in both.
+
+With alltoall dispatch the candidates that the local search collects for each layer serve all
+points: caps are spread between the least imbalance and that of the least traffic, denser where
+imbalance is low, and the candidates are improved around the prices of all caps together. With
+coherent dispatch every point is an anneal at a price of its own. Cost: about four solves with one
+cap. Source: placer.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+
+from solvers import coherent, local_search
+from solvers.budget import Budget
+from solvers.layers import Layers, Slots, prepare
+from solvers.parallel import available_cores, stopping
+from solvers.problem import Problem
+from solvers.result import Result, Solution
+from solvers.selection import Caps
+from solvers.solving import capped_imbalance, ctrl_c_stops, result_of
+
+NUM_POINTS = 12
+COHERENT_PRICES = (0.0, 0.3, 0.7, 1.5, 3.0, 6.0, 12.0, 25.0, 60.0)
+SEARCH = "local_search"
+
+
+def frontier(problem: Problem, seed: int = 0, budget: Budget | None = None) -> list[Result]:
+    """Checked placements, the most balanced first; each sends less than the one before it.
+
+    The problem's own cap and objective play no part: the objective is traffic. Every result is as
+    `solvers.solve` would give it.
+
+    Args:
+        problem: with `tokens`.
+        seed: of the random numbers.
+        budget: when to stop; what was found by then is given back.
+
+    Raises:
+        ValueError: the problem has no tokens, or its traffic does not depend on the placement.
+    """
+    if problem.tokens is None or problem.dispatch == "allgather":
+        raise ValueError("a frontier needs tokens, and a dispatch whose traffic can be less")
+    problem = replace(problem, max_imbalance=None, objective="traffic")
+    budget = budget or Budget()
+    layers = prepare(problem)
+    with ctrl_c_stops(budget), stopping(layers.stop, budget):
+        find = _coherent if layers.coupled else _separable
+        placements = find(layers, seed, budget)
+    results = []
+    for placement in placements:
+        solution = Solution(np.stack(placement), termination=budget.termination())
+        results.append(result_of(problem, solution, SEARCH, seed, budget.elapsed()))
+    return _undominated(results)
+
+
+def _separable(layers: Layers, seed: int, budget: Budget) -> list[list[Slots]]:
+    problem = layers.problem
+    limits = Caps(moves=problem.max_moves, slots=problem.slot_budget)
+    search = local_search.Search(layers, seed, budget)
+    search.begin(0.0, capped=True)
+
+    def caps() -> list[Caps]:
+        least = search.imbalance(replace(limits, imbalance=1.0))
+        most = max(search.imbalance(limits), least + 1e-6)
+        above = np.geomspace(max(least - 1, 1e-3), max(most - 1, 2e-3), NUM_POINTS)
+        return [replace(limits, imbalance=1 + float(value)) for value in above]
+
+    for number in range(local_search.ROUNDS):
+        search.improve(caps(), warm=number > 0, around=(1.0,))
+    return [search.placement(cap) for cap in caps()]
+
+
+def _coherent(layers: Layers, seed: int, budget: Budget) -> list[list[Slots]]:
+    problem = layers.problem
+    placements = []
+    with ThreadPoolExecutor(available_cores()) as executor:
+        limits = Caps(moves=problem.max_moves, slots=problem.slot_budget)
+        search = coherent.Search(layers, seed, budget, limits, executor)
+        chained = coherent.chained(search)
+        for number, price in enumerate(COHERENT_PRICES):
+            for start in (search.starts(), chained):
+                if start is None or budget.expired():
+                    continue
+                heat = coherent.FIRST_HEAT / (4 if start is chained else 1)
+                prices = layers.uniform_prices(price)
+                placements.append(search.run(prices, number, start, heat).placement)
+    return placements or [search.starts()]
+
+
+def _undominated(results: list[Result]) -> list[Result]:
+    """Sorted by imbalance; those that send no less than a more balanced one are left out."""
+    kept: list[Result] = []
+    for result in sorted(results, key=lambda r: (capped_imbalance(r.parts), r.objective)):
+        if not kept or result.objective < kept[-1].objective - 1e-9:
+            kept.append(result)
+    return kept
+
+
+def knee(results: list[Result]) -> int:
+    """Index of the point where giving up more balance begins to save little.
+
+    The point farthest below the line between the frontier's ends, both axes scaled to it
+    (Satopaa, Albrecht, Irwin and Raghavan, Finding a kneedle in a haystack, 2011).
+    """
+    traffic = np.array([result.objective for result in results])
+    imbalance = np.array([capped_imbalance(result.parts) for result in results])
+    if len(results) < 3:
+        return 0
+    saved = (traffic[0] - traffic) / (traffic[0] - traffic[-1])
+    paid = (imbalance - imbalance[0]) / (imbalance[-1] - imbalance[0])
+    return int(np.argmax(saved - paid))
