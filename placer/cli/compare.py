@@ -27,7 +27,7 @@ def compare(
         options.ObjectiveName, typer.Option("--objective", help="What to minimise.")
     ] = options.ObjectiveName.traffic,
     max_imbalance: options.MaxImbalance = None,
-    balance_over: options.BalanceOver = options.BalanceOverName.requests,
+    balance_over: options.BalanceOver = None,
     phase: options.Phase = None,
     seed: options.Seed = 0,
     time_limit: options.TimeLimit = None,
@@ -56,7 +56,7 @@ def compare(
         objective=objective.value,
         max_imbalance=options.parse_max_imbalance(max_imbalance, objective.value, "auto"),
         cap_is_default=max_imbalance is None,
-        balance_over=balance_over.value,
+        balance_over=balance_over.value if balance_over else None,
         phase=phase.value if phase else None,
         seed=seed,
         time_limit_s=time_limit,

@@ -90,11 +90,12 @@ MaxImbalance = Annotated[
     ),
 ]
 BalanceOver = Annotated[
-    BalanceOverName,
+    BalanceOverName | None,
     typer.Option(
         "--balance-over",
         help="What imbalance is averaged over: folds of the requests (what unseen requests will "
-        "show), forward passes, workloads (labels, or traces), or the trace as a whole.",
+        "show), forward passes, workloads (labels, or traces), or the trace as a whole. "
+        "Default: requests; trace for objective balance.",
     ),
 ]
 Robust = Annotated[

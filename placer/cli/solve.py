@@ -26,7 +26,7 @@ def solve(
         options.ObjectiveName, typer.Option("--objective", help="What to minimise.")
     ] = options.ObjectiveName.traffic,
     max_imbalance: options.MaxImbalance = None,
-    balance_over: options.BalanceOver = options.BalanceOverName.requests,
+    balance_over: options.BalanceOver = None,
     robust: options.Robust = None,
     pareto: Annotated[
         bool,
@@ -90,7 +90,7 @@ def solve(
         objective=objective.value,
         max_imbalance=options.parse_max_imbalance(max_imbalance, objective.value, solver),
         cap_is_default=max_imbalance is None,
-        balance_over=balance_over.value,
+        balance_over=balance_over.value if balance_over else None,
         robust=robust.value if robust else None,
         slot_budget=slot_budget,
         pins=tuple(pin or ()),

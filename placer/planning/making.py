@@ -208,7 +208,7 @@ def by_workload(
     placement: Placement, baseline: Placement, parts: Parts, settings: Settings
 ) -> dict[str, Any]:
     """How the plan and the baseline do on each workload; nothing unless they were asked for."""
-    if settings.robust is None and settings.balance_over != "workloads":
+    if settings.robust is None and settings.averaged_over != "workloads":
         return {}
     names, workload = workloads_of(parts.judge)
     requests = parts.judge.request_ids()

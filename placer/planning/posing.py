@@ -140,7 +140,7 @@ class _Sample:
 
 
 def _tokens(source: TraceSource, settings: Settings) -> tuple[_Sample, Scenarios | None]:
-    if settings.balance_over == "batches":
+    if settings.averaged_over == "batches":
         if settings.robust is not None:
             raise UsageError(
                 "--robust balances workloads, --balance-over batches balances batches: not both",
@@ -153,7 +153,7 @@ def _tokens(source: TraceSource, settings: Settings) -> tuple[_Sample, Scenarios
     batch = batch_numbers(source)[place]
     order: NDArray[Any] = np.argsort(batch, kind="stable")
     trace, batch = trace.select(order), batch[order]
-    wanted = settings.balance_over in ("requests", "workloads") or settings.robust is not None
+    wanted = settings.averaged_over in ("requests", "workloads") or settings.robust is not None
     scenarios = request_scenarios(source, settings) if wanted else None
     scenario = None if scenarios is None else scenarios.of(trace.request)
     return _Sample(trace, batch, scenario), scenarios

@@ -85,7 +85,7 @@ def request_scenarios(source: TraceSource, settings: Settings) -> Scenarios | No
     requests = source.request_ids()
     names: tuple[str, ...] = ()
     workload = np.zeros(requests.size, np.int64)
-    if settings.robust is not None or settings.balance_over == "workloads":
+    if settings.robust is not None or settings.averaged_over == "workloads":
         names, workload = workloads_of(source)
         if len(names) < 2:
             raise UsageError(
@@ -93,7 +93,7 @@ def request_scenarios(source: TraceSource, settings: Settings) -> Scenarios | No
                 "give several traces, or one whose requests have labels (docs/traces.md)",
             )
     fold = np.zeros(requests.size, np.int64)
-    if settings.balance_over == "requests":
+    if settings.averaged_over == "requests":
         fewest = int(np.bincount(workload).min())
         folds = max(1, min(FOLDS, fewest // LEAST_REQUESTS))
         for number in range(int(workload.max()) + 1):  # equal shares of every workload

@@ -46,7 +46,8 @@ class Settings:
         replica_policy: how a token chooses among copies when the plan is judged.
         balance_over: what imbalance is the mean of while solving: folds of the `requests`, so that
             a plan is not balanced by the chance of the sample alone; `batches` (forward passes);
-            `workloads` (labels, or traces); or the whole `trace` at once.
+            `workloads` (labels, or traces); or the whole `trace` at once. None = by the requests,
+            or for objective balance, which folds do not help, the trace.
         robust: what several workloads come to, see `solvers.Problem`; None = they are one.
         start: a plan file whose placement is in use now.
         max_moves: most copies that may change their place against `start`.
@@ -74,9 +75,16 @@ class Settings:
     kv_tokens: int = 0
     reserve: float = 0.1
     replica_policy: ReplicaPolicy = "local"
-    balance_over: BalanceOver = "requests"
+    balance_over: BalanceOver | None = None
     robust: Robust | None = None
     start: str | None = None
     max_moves: int | None = None
     pins: tuple[str, ...] = ()
     slot_budget: int | None = None
+
+    @property
+    def averaged_over(self) -> BalanceOver:
+        """What imbalance is averaged over, the default filled in."""
+        if self.balance_over is not None:
+            return self.balance_over
+        return "trace" if self.objective == "balance" else "requests"

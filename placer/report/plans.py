@@ -8,7 +8,14 @@ from typing import Any
 from rich.console import RenderableType
 from rich.markup import escape
 
-from placer.report.tables import certificate_line, evaluation_table
+from placer.report.tables import (
+    SHORT,
+    certificate_line,
+    evaluation_table,
+    number,
+    plain_table,
+    titled,
+)
 from placer.report.timing import timing_table
 
 
@@ -26,6 +33,8 @@ def plan_summary(document: Mapping[str, Any]) -> list[RenderableType]:
     prediction, certificate = document["prediction"], document["certificate"]
     if prediction:
         lines += evaluation_table(prediction)
+        if "workloads" in prediction:
+            lines += workload_table(prediction["workloads"])
         if "step_time" in prediction:
             lines += timing_table(prediction["step_time"])
     if certificate:
@@ -34,3 +43,21 @@ def plan_summary(document: Mapping[str, Any]) -> list[RenderableType]:
         took = "" if seconds is None else f" ({solver}, {seconds:.1f} s)"
         lines.append(certificate_line(certificate) + took)
     return lines
+
+
+def workload_table(workloads: Mapping[str, Any]) -> list[RenderableType]:
+    """How a plan and the contiguous one do on each workload."""
+    table = plain_table()
+    table.add_column("workload")
+    table.add_column("requests", justify="right")
+    figures = list(next(iter(workloads.values()))["metrics"])
+    for figure in figures:
+        table.add_column(SHORT.get(figure, figure), justify="right")
+    for name, row in workloads.items():
+        cells = [
+            f"{number(row['metrics'][figure]['value'])} "
+            f"[dim]({number(row['contiguous'][figure]['value'])})[/]"
+            for figure in figures
+        ]
+        table.add_row(escape(name), str(row["requests"]), *cells)
+    return titled("each workload", table, "in brackets: contiguous placement")
