@@ -13,7 +13,7 @@ from placer.files import atomic_path, check_output_folder, write_json
 from placer.plan import write_plan
 from placer.planning import Frontier
 from placer.planning.frontier import plan_name
-from placer.report.tables import SCOPES, SHORT, number, plain_table, titled
+from placer.report.tables import NAMES, SCOPES, number, plain_table, titled
 
 TABLE, PICTURE = "frontier.json", "frontier.svg"
 OURS, THEIRS = "#0a7d4f", "#b03a2e"
@@ -51,7 +51,7 @@ def frontier_table(document: Mapping[str, Any]) -> list[RenderableType]:
     table = plain_table()
     table.add_column("plan")
     for figure in figures:
-        table.add_column(SHORT.get(figure, figure), justify="right")
+        table.add_column(NAMES[figure], justify="right")
     for point in document["points"]:
         name = point["plan"] + ("  <- knee" if point["knee"] else "")
         cells = [number(point["metrics"][figure]["value"]) for figure in figures]

@@ -9,7 +9,7 @@ from rich.console import RenderableType
 from rich.markup import escape
 
 from placer.report.tables import (
-    SHORT,
+    NAMES,
     certificate_line,
     evaluation_table,
     number,
@@ -52,7 +52,7 @@ def workload_table(workloads: Mapping[str, Any]) -> list[RenderableType]:
     table.add_column("requests", justify="right")
     figures = list(next(iter(workloads.values()))["metrics"])
     for figure in figures:
-        table.add_column(SHORT.get(figure, figure), justify="right")
+        table.add_column(NAMES[figure], justify="right")
     for name, row in workloads.items():
         cells = [
             f"{number(row['metrics'][figure]['value'])} "

@@ -19,13 +19,13 @@ SHORT = {
     "cross_rank_fraction": "cross-rank fraction",
     "cross_node_fraction": "cross-node fraction",
     "imbalance": "imbalance (max/mean load)",
-    "imbalance_batches_mean": "imbalance, mean over batches",
     "imbalance_batches_p95": "imbalance, p95 over batches",
     "imbalance_mixed_batches_p95": "imbalance, p95 over mixed batches",
     "balancedness": "balancedness (vLLM)",
     "sglang_balancedness": "balancedness (SGLang)",
     "tensorrt_llm_imbalance_ratio": "imbalance ratio (TensorRT-LLM)",
 }
+NAMES = SHORT | {"imbalance_batches_mean": "imbalance, mean over batches"}
 NODE_FIGURES = (
     "node_span",
     "node_messages_alltoall",
