@@ -74,6 +74,7 @@ def root(
 def _register() -> None:
     from placer.cli import (
         analyze,
+        calibrate,
         compare,
         demo,
         doctor,
@@ -89,7 +90,7 @@ def _register() -> None:
 
     for module in (
         demo, tracing, importing, inspecting, analyze, solve, evaluate, compare, sweep,
-        exporting, model, doctor,
+        exporting, model, calibrate, doctor,
     ):  # fmt: skip
         module.register(app)
 

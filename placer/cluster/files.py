@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ _KINDS = {
     "int": "an integer",
     "float": "a number",
     "tuple[int, ...]": "a list of integers",
+    "tuple[float, ...]": "a list of numbers",
     "tuple[tuple[float, ...], ...]": "a list of lists of numbers",
     "Network": "a table",
     "tuple[RankFigures, ...]": "an array of tables",
@@ -69,20 +70,22 @@ def read_cluster(path: Path) -> Cluster:
         for name in ("pair_gbps", "pair_latency_us"):
             if name in document:
                 document[name] = tuple(tuple(map(float, row)) for row in document[name])
+        for name in ("curve_pairs", "curve_us"):
+            document[name] = tuple(document.get(name, ()))
         return Cluster(**document)
     except UsageError as error:
         raise BadFileError(f"{path}: {error.message}", error.hint) from None
 
 
 def write_cluster(
-    path: Path, cluster: Cluster, *, fit: Sequence[str] = (), force: bool = False
+    path: Path, cluster: Cluster, *, fit: Mapping[str, Any] | None = None, force: bool = False
 ) -> None:
     """Write a TOML file that `read_cluster` reads back to an equal cluster.
 
     Args:
         path: of the file.
         cluster: what to write.
-        fit: lines of a table `[fit]` that says how well measurements were met.
+        fit: a table that says how well measurements were met; for people, not read back.
         force: replace an existing file.
     """
     lines = [f'format = "{FORMAT}"', f"schema_version = {SCHEMA_VERSION}"]
@@ -94,10 +97,10 @@ def write_cluster(
         elif field.name == "rank_figures":
             for entry in value:
                 tables += ["", "[[rank_figures]]", *_pairs(entry)]
-        elif value is not None:
+        elif value is not None and value != ():
             lines.append(f"{field.name} = {_toml(value)}")
     if fit:
-        tables += ["", "[fit]", *fit]
+        tables += ["", "[fit]", *(f"{name} = {_toml(value)}" for name, value in fit.items())]
     with atomic_path(path, force=force) as temporary:
         temporary.write_text("\n".join([*lines, *tables]) + "\n", encoding="utf-8")
 
@@ -111,7 +114,7 @@ def _pairs(value: Any) -> list[str]:
 
 
 def _toml(value: Any) -> str:
-    if isinstance(value, str):
+    if isinstance(value, str | bool):
         return json.dumps(value)
     if isinstance(value, tuple):
         rows = [_toml(entry) for entry in value]

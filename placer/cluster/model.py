@@ -67,7 +67,7 @@ class Cluster:
         intra_node_shared_gbps: what all ranks of a node together can send among themselves, where
             they share a bus or a host's memory; None = their links alone limit them.
         same_rank_gbps: at which a rank copies what stays on it into and out of its batches; None =
-            at no cost. On a shared bus these bytes count too.
+            at no cost.
         network: leaves and spine; None = any two nodes are equally near.
         memory_bytes: memory of one rank's device; None = unknown.
         hbm_gbps: bandwidth of that memory; None = unknown.
@@ -77,6 +77,10 @@ class Cluster:
         expert_latency_us: fixed cost of each expert that a rank uses in a layer.
         compute_overlap: share of the shorter of reading weights and computing that hides behind the
             longer; 1 = the roofline.
+        curve_pairs, curve_us: time of one expert by the number of its pairs, measured; linear
+            between these points, and on beyond the last. In place of the roofline for experts of
+            `curve_expert_bytes`.
+        curve_expert_bytes: size of the experts whose curve that is.
         ranks_at_full_speed: how many ranks of a node can compute at once at these figures, where
             they share a host's cores; None = all of them.
         rank_figures: ranks that are unlike the others.
@@ -103,6 +107,9 @@ class Cluster:
     compute_latency_us: float = 0.0
     expert_latency_us: float = 0.0
     compute_overlap: float = 1.0
+    curve_pairs: tuple[int, ...] = ()
+    curve_us: tuple[float, ...] = ()
+    curve_expert_bytes: int | None = None
     ranks_at_full_speed: float | None = None
     rank_figures: tuple[RankFigures, ...] = ()
     pair_gbps: tuple[tuple[float, ...], ...] | None = None
@@ -192,7 +199,20 @@ class Cluster:
                 )
             _check_positive("oversubscription", self.network.oversubscription)
             _check_latency("spine_latency_us", self.network.spine_latency_us)
+        self._check_curve()
         self._check_single_ranks()
+
+    def _check_curve(self) -> None:
+        pairs, times = self.curve_pairs, self.curve_us
+        if len(pairs) != len(times):
+            raise UsageError(
+                f"curve_pairs has {len(pairs)} points, curve_us {len(times)}; expected the same"
+            )
+        rises = all(a < b for a, b in zip((0, *pairs), pairs, strict=False))
+        if not rises or not all(a <= b for a, b in zip((0.0, *times), times, strict=False)):
+            raise UsageError("curve_pairs must increase from 1 or more, curve_us not decrease")
+        if bool(pairs) != (self.curve_expert_bytes is not None):
+            raise UsageError("curve_pairs and curve_expert_bytes go together; one is missing")
 
     def _check_single_ranks(self) -> None:
         seen: set[int] = set()

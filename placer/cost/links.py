@@ -124,8 +124,7 @@ class Links:
             kept = states[:, :, 3, 0].astype(np.float64)
             columns.append(kept * (state_bytes * self._copy_us))
         if self._has_bus:
-            carried = states[:, :, 0, 0] + states[:, :, 3, 0]
-            sent = carried.reshape(n, num_layers, num_nodes, per_node).sum(axis=3)
+            sent = states[:, :, 0, 0].reshape(n, num_layers, num_nodes, per_node).sum(axis=3)
             columns.append(sent * (state_bytes * self._bus_us))
         if self._has_leaves:
             starts = np.arange(cluster.num_leaves) * cluster.ranks_per_leaf
@@ -162,8 +161,7 @@ class Links:
         if self._has_copies:
             columns.append(np.full(num_ranks, self._copy_us / num_ranks))
         if self._has_bus:
-            carried = fast * per_node + per_node / num_ranks
-            columns.append(np.full(num_nodes, carried * self._bus_us))
+            columns.append(np.full(num_nodes, fast * per_node * self._bus_us))
         if self._has_leaves:
             nodes = np.bincount(self._leaf_of_node)
             columns += [nodes * (1 - nodes / num_nodes) * self._uplink_us] * 2

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from placer.cluster import Cluster
-from placer.cost.compute import compute_time
+from placer.cost.compute import compute_time, curve_increments
 from placer.cost.links import Links
 from placer.trace.model import ModelDims
 from solvers.problem import Dispatch
@@ -45,6 +45,7 @@ class Counts:
             [0, ...] where nobody asked.
         pairs: [n, L, G] token-expert pairs.
         activated: [n, L, G] distinct experts used.
+        curve_us: [n, L, G] sum over experts of their measured times; [0, ...] without a curve.
     """
 
     tokens: NDArray[np.int64]
@@ -53,6 +54,7 @@ class Counts:
     pairs_of_ranks: NDArray[np.int32]
     pairs: NDArray[np.int32]
     activated: NDArray[np.int32]
+    curve_us: NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +87,7 @@ class Pricing:
     Attributes:
         transport: how hidden states travel.
         links: all links, by number.
+        increments: what each further pair of an expert takes, where that was measured.
         missing: dimensions that are needed and unknown.
         unknown: parts that cannot be priced without them.
     """
@@ -111,6 +114,10 @@ class Pricing:
             "cluster hbm_gbps": (cluster.of_ranks("hbm_gbps"), ("compute_us",)),
             "cluster flops": (cluster.of_ranks("flops"), ("compute_us",)),
         }
+        self.increments = curve_increments(cluster, dims)
+        if self.increments.size:  # measured: no figure of the roofline is needed
+            for name in ("expert_flops_per_token", "cluster hbm_gbps", "cluster flops"):
+                del needs[name]
         if dispatch == "coherent":
             needs["kv_bytes_per_token"] = (transport.kv_bytes_per_token, ("kv_us", "latency_us"))
         self.missing = tuple(name for name, (value, _) in needs.items() if value is None)
@@ -158,7 +165,9 @@ class Pricing:
         np.add.at(rank_waits.T, self.links.rank_of[is_owned], link_waits.T[is_owned])
         compute_us = balanced_us = np.zeros((n, num_layers))
         if "compute_us" not in self.unknown:
-            computed = compute_time(self._cluster, self._dims, counts.pairs, counts.activated)
+            computed = compute_time(
+                self._cluster, self._dims, counts.pairs, counts.activated, counts.curve_us
+            )
             compute_us, balanced_us = computed.time_us, computed.balanced_us
             np.add.at(rank_waits, (rows, computed.rank), computed.time_us)
         kv_us = np.zeros(n)

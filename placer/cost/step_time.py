@@ -197,6 +197,7 @@ def step_time(
         pricing.transport.deduplicate_nodes,
         cluster.ranks_per_leaf,
         pricing.links.has_pairs,
+        pricing.increments,
     )
     parts = micro_batches(batching, home, num_micro_batches)
     return _assembled(

@@ -13,6 +13,7 @@ from solvers.compiling import compiled
 
 Ints = NDArray[np.int32]
 Longs = NDArray[np.int64]
+Floats = NDArray[np.float64]
 Weights = NDArray[np.float32]
 
 
@@ -114,7 +115,16 @@ def transfers(
 
 @compiled
 def activate(
-    experts: Ints, served: Ints, batch: Ints, pairs: Ints, activated: Ints, last: Longs, stamp: int
+    experts: Ints,
+    served: Ints,
+    batch: Ints,
+    pairs: Ints,
+    activated: Ints,
+    last: Longs,
+    stamp: int,
+    increments: Floats,
+    times: Ints,
+    curve_us: Floats,
 ) -> None:
     """Count the pairs that every rank serves and the distinct experts that they use.
 
@@ -125,8 +135,13 @@ def activate(
         activated: [N, L, G] experts of the rank with at least one pair, added to.
         last: [L, E, G] stamp + batch of the last use of each copy, updated.
         stamp: larger than anything in `last`.
+        increments: [M] what the first, second, ... pair of an expert adds to its time, the last
+            entry also every further one; empty where no such curve is known.
+        times: [L, E, G] pairs of each copy in its last batch, updated where there are increments.
+        curve_us: [N, L, G] sum over experts of their times, added to.
     """
     num_tokens, num_layers, top_k = experts.shape
+    num_increments = increments.shape[0]
     for t in range(num_tokens):
         b = batch[t]
         for l in range(num_layers):  # noqa: E741
@@ -139,3 +154,8 @@ def activate(
                 if last[l, e, g] != stamp + b:
                     last[l, e, g] = stamp + b
                     activated[b, l, g] += 1
+                    if num_increments > 0:
+                        times[l, e, g] = 0
+                if num_increments > 0:
+                    curve_us[b, l, g] += increments[min(times[l, e, g], num_increments - 1)]
+                    times[l, e, g] += 1

@@ -30,6 +30,7 @@ class Setting(NamedTuple):
         deduplicate: one copy per remote node.
         ranks_per_leaf: ranks below one leaf of the network.
         with_pairs: count states from rank to rank as well.
+        increments: [M] of the measured curve of an expert's time; empty without one.
     """
 
     trace: Trace
@@ -39,6 +40,7 @@ class Setting(NamedTuple):
     deduplicate: bool
     ranks_per_leaf: int
     with_pairs: bool
+    increments: NDArray[np.float64]
 
 
 def price_batches(setting: Setting, batching: Batching, pricing: Pricing) -> list[Priced]:
@@ -87,13 +89,15 @@ class _Walk:
         placement = setting.server.placement
         shape = (placement.num_layers, placement.num_experts, placement.num_ranks)
         self._last = np.zeros(shape, np.int64)
+        self._times = np.zeros(shape if setting.increments.size else (0, 0, 0), np.int32)
         self._stamp = 1
 
     def counts(self, batching: Batching, first: int, size: int) -> Counts:
         """Of the batches from `first` on, at most `size`."""
         from placer.cost import transfer_kernels
 
-        trace, home_of, server, dispatch, deduplicate, ranks_per_leaf, with_pairs = self._setting
+        trace, home_of, server, dispatch, deduplicate, *_ = self._setting
+        ranks_per_leaf, with_pairs, increments = self._setting[5:]
         placement = server.placement
         starts = batching.starts[first : first + size + 1]
         sizes = np.diff(starts)
@@ -112,6 +116,7 @@ class _Walk:
             np.zeros((n if with_pairs else 0, num_layers, 2, num_ranks, num_ranks), np.int32),
             np.zeros((n, num_layers, num_ranks), np.int32),
             np.zeros((n, num_layers, num_ranks), np.int32),
+            np.zeros((n if increments.size else 0, num_layers, num_ranks)),
         )
         if dispatch != "allgather":
             transfer_kernels.transfers(
@@ -131,7 +136,16 @@ class _Walk:
                 found.combine[:] = found.dispatch[:, :, :, ::-1]
                 found.pairs_of_ranks[:, :, 1] = found.pairs_of_ranks[:, :, 0].swapaxes(2, 3)
         transfer_kernels.activate(
-            experts, served, batch, found.pairs, found.activated, self._last, self._stamp
+            experts,
+            served,
+            batch,
+            found.pairs,
+            found.activated,
+            self._last,
+            self._stamp,
+            increments,
+            self._times,
+            found.curve_us,
         )
         self._stamp += n
         return found

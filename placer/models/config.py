@@ -91,13 +91,12 @@ def shape_of_config(config: Any, name: str, source: str) -> ModelShape:
             )
             for module, parameter_name, parameter in others
         )
-    top_k = next((getattr(text, key) for key in _TOP_K if getattr(text, key, None)), 1)
     return ModelShape(
         name=name,
         num_layers=int(getattr(text, "num_hidden_layers", None) or len(group.names)),
         num_moe_layers=len({stack.block for stack in chosen}),
         num_experts=num_experts,
-        top_k=int(max(top_k) if isinstance(top_k, list | tuple) else top_k),
+        top_k=top_k_of(text),
         hidden_size=int(dims.hidden_size or 0),
         expert_params=expert_params,
         expert_bytes=None if storage is None else round(expert_params * storage.expert_bytes),
@@ -107,6 +106,12 @@ def shape_of_config(config: Any, name: str, source: str) -> ModelShape:
         kv_bytes_per_token=kv_bytes_of(text),
         source=source,
     )
+
+
+def top_k_of(text: Any) -> int:
+    """The most experts that a token uses in a layer, by the configuration."""
+    top_k = next((getattr(text, key) for key in _TOP_K if getattr(text, key, None)), 1)
+    return int(max(top_k) if isinstance(top_k, list | tuple) else top_k)
 
 
 def kv_bytes_of(text: Any, element_bytes: int = 2) -> int | None:

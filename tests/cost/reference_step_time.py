@@ -5,6 +5,7 @@ Shares no code with placer.cost. docs/metrics.md is its specification.
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 
 from .reference import interleaved, tokens_of, walk
@@ -91,13 +92,12 @@ def price_batch(
     for l in range(placement.num_layers):  # noqa: E741
         times = {}
         out, back = [], []
-        pairs, used = defaultdict(int), defaultdict(set)
+        pairs = defaultdict(lambda: defaultdict(int))  # rank -> expert -> pairs
         for t, token in enumerate(tokens):
             ranks = walked["served"][t][l]
             chosen = token["layers"][l]
             for (expert, _), rank in zip(chosen, ranks, strict=True):
-                pairs[rank] += 1
-                used[rank].add(expert)
+                pairs[rank][expert] += 1
             if not ranks:
                 continue
             home = walked["home"][t][l]
@@ -127,7 +127,7 @@ def price_batch(
             total[f"{part}_us"] += wire + latency
             total["latency_us"] += latency
         work = [
-            work_of(rank, pairs[rank], len(used[rank]), cluster, dims)
+            work_of(rank, list(pairs[rank].values()), cluster, dims)
             for rank in range(placement.num_ranks)
         ]
         busiest, even = max(work), sum(work) / len(work)
@@ -158,14 +158,26 @@ def figure(cluster, rank, name):
     return getattr(cluster, name)
 
 
-def work_of(rank, pairs, experts, cluster, dims):
+def work_of(rank, pairs_of_experts, cluster, dims):
+    pairs, experts = sum(pairs_of_experts), len(pairs_of_experts)
+    fixed = cluster.compute_latency_us if pairs else 0.0
+    if cluster.curve_pairs and cluster.curve_expert_bytes == dims.expert_bytes:
+        return fixed + sum(on_curve(count, cluster) for count in pairs_of_experts)
     short, long = sorted((
         pairs * dims.expert_flops_per_token / figure(cluster, rank, "flops") * 1e6,
         experts * dims.expert_bytes / (figure(cluster, rank, "hbm_gbps") * 1e9) * 1e6,
     ))  # fmt: skip
     roofline = long + (1 - cluster.compute_overlap) * short
-    fixed = cluster.compute_latency_us if pairs else 0.0
     return fixed + experts * cluster.expert_latency_us + roofline
+
+
+def on_curve(count, cluster):
+    """Time of an expert with so many pairs, by straight lines between the measured points."""
+    points = [(0, 0.0), *zip(cluster.curve_pairs, cluster.curve_us, strict=True)]
+    for (few, low), (many, high) in itertools.pairwise(points):
+        if count <= many or many == points[-1][0]:  # the last line goes on
+            return low + (high - low) * (count - few) / (many - few)
+    raise AssertionError
 
 
 def route(messages, cluster, transport, *, inward):
@@ -214,7 +226,7 @@ def transfer(hops, size, cluster):
             for way, rank in (("out", source), ("in", target)):
                 owner = rank // per if shared else rank
                 busy[way, kind, owner] += size / (figure(cluster, rank, kind) * 1e9) * 1e6
-        if near and cluster.intra_node_shared_gbps:
+        if near and source != target and cluster.intra_node_shared_gbps:
             busy["bus", from_node] += size / (cluster.intra_node_shared_gbps * 1e9) * 1e6
         if cluster.network:
             from_leaf, to_leaf = (
@@ -283,8 +295,7 @@ def all_gather(total, cluster):
     if cluster.same_rank_gbps:
         times.append(total / ranks / (cluster.same_rank_gbps * 1e3))
     if cluster.intra_node_shared_gbps:
-        own = total / ranks * per
-        times.append((fast * per + own) / (cluster.intra_node_shared_gbps * 1e3))
+        times.append(fast * per / (cluster.intra_node_shared_gbps * 1e3))
     if cluster.network and nodes > cluster.network.nodes_per_leaf:
         for leaf in range(-(-nodes // cluster.network.nodes_per_leaf)):
             below = len(nodes_below(cluster, leaf))

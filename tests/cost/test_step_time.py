@@ -53,7 +53,7 @@ CLUSTER = Cluster(
     dispatch=st.sampled_from(["alltoall", "coherent", "allgather"]),
     policy=st.sampled_from(["local", "round_robin"]),
     deduplicate=st.booleans(),
-    kind=st.sampled_from(["plain", "node", "leaves", "host", "unlike", "pairs"]),
+    kind=st.sampled_from(["plain", "node", "leaves", "host", "unlike", "pairs", "curve"]),
     top_k=st.sampled_from([1, 4]),
     micro=st.sampled_from([1, 2, 3]),
     per_rank=st.sampled_from([None, 3]),
@@ -123,6 +123,15 @@ def cluster_of(kind, rng, num_nodes, ranks_per_node):
         slow = RankFigures(ranks=(num_ranks - 1,), flops=3e11, inter_node_gbps=1.0)
         fast = RankFigures(ranks=(0,), hbm_gbps=99.0, intra_node_gbps=20.0)
         return replace(cluster, rank_figures=(slow, fast) if num_ranks > 1 else (slow,))
+    if kind == "curve":
+        return replace(
+            cluster,
+            curve_pairs=(1, 3, 4),
+            curve_us=(2.0, 2.5, 4.0),
+            curve_expert_bytes=DIMS.expert_bytes,
+            compute_latency_us=1.0,
+            ranks_at_full_speed=1.5,
+        )
     if kind == "pairs":
         tables = [rng.uniform(1, 9, (num_ranks, num_ranks)).tolist() for _ in range(2)]
         gbps, latency = (tuple(map(tuple, table)) for table in tables)
