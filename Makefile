@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := placer solvers tests examples benchmarks
 
-.PHONY: demo test test-slow test-ray check lint types bench traces clean
+.PHONY: demo test test-slow test-engines test-ray check lint types bench traces clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,17 @@ test-slow: $(READY)  ## long tests: large traces, the long tail of model familie
 
 test-ray: .venv-ray/.ready  ## sweeps on a local Ray cluster, in an environment of its own
 	.venv-ray/bin/python -m pytest -m ray tests/ray_cluster
+
+ENGINES := .venv-engines
+
+$(ENGINES)/.ready: tests/engines/packages.txt $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--only-binary=:all: --python-version 3.11 --platform manylinux_2_34_x86_64 \
+		--target $(ENGINES)/packages --requirement $<
+	touch $@
+
+test-engines: $(ENGINES)/.ready  ## engines' own code, from their released packages, on placer's files
+	$(BIN)/python -m pytest -m engines
 
 lint: $(READY)
 	$(BIN)/ruff check $(SOURCES)
@@ -54,4 +65,4 @@ traces: $(READY)  ## capture the canned traces anew from the shipped model
 	done
 
 clean:
-	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-* out .pytest_cache .mypy_cache .ruff_cache

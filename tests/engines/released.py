@@ -1,0 +1,72 @@
+"""Released engines, module by module, without what their packages import besides.
+
+`make test-engines` puts the packages of `packages.txt` into `.venv-engines/packages`, without
+dependencies. A module of theirs is run as it was released; the packages around it are entered
+without running their `__init__`, and modules that it imports but that are not there (a GPU runtime,
+a logger) get stand-ins, which each test names.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+PACKAGES = Path(__file__).resolve().parents[2] / ".venv-engines" / "packages"
+
+
+def released(
+    monkeypatch: pytest.MonkeyPatch, module: str, stand_ins: Mapping[str, Mapping[str, Any]]
+) -> ModuleType:
+    """A module of a released package.
+
+    Args:
+        monkeypatch: takes back everything that this puts into sys.modules.
+        module: its full name.
+        stand_ins: module name -> its attributes, for imports that are not there.
+    """
+    if not PACKAGES.is_dir():
+        pytest.skip("the engines' packages are not there: make test-engines")
+    top = module.partition(".")[0]
+    for name in [name for name in sys.modules if name.partition(".")[0] == top]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, _BarePackages(top)])
+    for name, attributes in stand_ins.items():
+        _stand_in(monkeypatch, name, attributes)
+    found = importlib.import_module(module)
+    assert Path(str(found.__file__)).is_relative_to(PACKAGES)
+    for name in [name for name in sys.modules if name.partition(".")[0] == top]:
+        monkeypatch.setitem(sys.modules, name, sys.modules[name])
+    return found
+
+
+def _stand_in(monkeypatch: pytest.MonkeyPatch, name: str, attributes: Mapping[str, Any]) -> None:
+    parent, _, _ = name.rpartition(".")
+    if parent and parent not in sys.modules and not (PACKAGES / parent.replace(".", "/")).is_dir():
+        _stand_in(monkeypatch, parent, {"__path__": []})
+    module = ModuleType(name)
+    vars(module).update(attributes)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+class _BarePackages:
+    """Finds the modules of one package, and enters its folders without running `__init__`."""
+
+    def __init__(self, top: str) -> None:
+        self.top = top
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name.partition(".")[0] != self.top:
+            return None
+        place = PACKAGES / name.replace(".", "/")
+        if place.is_dir():
+            spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
+            spec.submodule_search_locations = [str(place)]
+            return spec
+        return importlib.machinery.PathFinder.find_spec(name, [str(place.parent)])
