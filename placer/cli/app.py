@@ -83,6 +83,7 @@ def _register() -> None:
         importing,
         inspecting,
         model,
+        reporting,
         solve,
         sweep,
         tracing,
@@ -90,7 +91,7 @@ def _register() -> None:
 
     for module in (
         demo, tracing, importing, inspecting, analyze, solve, evaluate, compare, sweep,
-        exporting, model, calibrate, doctor,
+        reporting, exporting, model, calibrate, doctor,
     ):  # fmt: skip
         module.register(app)
 

@@ -67,6 +67,8 @@ def to_svg(figure: Any, name: str, *, standalone: bool = False) -> str:
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    for reference in ('id="', "url(#", 'href="#'):  # several figures share a page
+        text = text.replace(reference, f"{reference}{name}-")
     if standalone:
         head = text.index(">") + 1
         text = text[:head] + _STANDALONE + text[head:]
