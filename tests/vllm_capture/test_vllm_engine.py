@@ -223,6 +223,7 @@ def server(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(MODEL)),
         *("--port", str(port), "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager"),
         *("--max-model-len", "256", "--max-num-seqs", "4", "--served-model-name", "small"),
+        *("--shutdown-timeout", "60"),  # or vLLM kills its workers at once
     ]
     with (tmp_path / "server.log").open("wb") as log:
         process = subprocess.Popen(

@@ -49,6 +49,7 @@ def attach(worker: Any, config: Any, settings: TraceSettings) -> Recorder | None
     recorder = Recorder(worker.model_runner, config, settings)
     _wrap(worker.model_runner, "execute_model", recorder, recorder.after_step)
     _wrap(worker, "execute_dummy_batch", recorder, recorder.after_dummy_step)
+    _wrap(worker, "compile_or_warm_up_model", recorder, recorder.after_warm_up)
     atexit.register(recorder.close)
     return recorder
 
@@ -73,6 +74,7 @@ class Recorder:
         self._max_tokens = settings.max_tokens
         self._weights = settings.weights
         self._layer_ids = [layer.layer_id for layer in layers]
+        self._serving = False  # the batches of vLLM's warm-up look like real ones
         self._step = 0
         self._numbers: dict[str, int] = {}
         self._next_request = self._dp_rank
@@ -107,7 +109,8 @@ class Recorder:
 
     def after_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Called when the model runner has launched a step."""
-        if self._buffers is None or kwargs.get("dummy_run"):
+        is_dummy = kwargs.get("dummy_run", args[2] if len(args) > 2 else False)
+        if self._buffers is None or not self._serving or is_dummy:
             return
         scheduler_output = args[0] if args else kwargs["scheduler_output"]
         for name in scheduler_output.finished_req_ids:
@@ -128,6 +131,10 @@ class Recorder:
             self._take(self._pending.popleft())
         if self._max_tokens is not None and self._num_tokens >= self._max_tokens:
             self.close()
+
+    def after_warm_up(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Called when the worker is ready to serve."""
+        self._serving = True
 
     def after_dummy_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Called when this rank ran along without tokens; steps stay equal on all ranks."""

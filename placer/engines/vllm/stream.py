@@ -15,21 +15,32 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("placer.vllm")
 _QUEUED_STEPS = 256
-_FLUSH_S = 60.0
+_BUSY_FLUSH_S = 60.0
+_IDLE_FLUSH_S = 2.0
 
 
 class TraceStream:
     """Takes the tokens of steps and writes them in order.
 
     When the disk is slower than the model, whole steps are left out and counted; when it fails,
-    the trace ends there, unfinished. Neither stops the model. Tokens in memory are written at
-    least once a minute while steps come in.
+    the trace ends there, unfinished. Neither stops the model.
+
+    Tokens in memory are written once a minute while steps come in, and two seconds after the
+    last step: vLLM kills its workers when the server is stopped, unless it is told to wait.
     """
 
-    def __init__(self, writer: TraceWriter) -> None:
+    def __init__(
+        self,
+        writer: TraceWriter,
+        *,
+        busy_flush_s: float = _BUSY_FLUSH_S,
+        idle_flush_s: float = _IDLE_FLUSH_S,
+    ) -> None:
         self.dropped_steps = 0
         self.failed = False
         self._writer = writer
+        self._busy_flush_s = busy_flush_s
+        self._idle_flush_s = idle_flush_s
         self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue(_QUEUED_STEPS)
         self._thread = threading.Thread(target=self._write, name="placer-trace", daemon=True)
         self._thread.start()
@@ -50,12 +61,19 @@ class TraceStream:
 
     def _write(self) -> None:
         flushed = time.monotonic()
-        while (tokens := self._queue.get()) is not None:
+        while True:
+            try:
+                tokens = self._queue.get(timeout=self._idle_flush_s)
+            except queue.Empty:
+                tokens = {}
+            if tokens is None:
+                break
             if self.failed:
                 continue
             try:
-                self._writer.append(**tokens)
-                if time.monotonic() - flushed > _FLUSH_S:
+                if tokens:
+                    self._writer.append(**tokens)
+                if not tokens or time.monotonic() - flushed > self._busy_flush_s:
                     self._writer.flush()
                     flushed = time.monotonic()
             except PlacerError as error:
