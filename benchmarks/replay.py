@@ -4,7 +4,8 @@
 
 Prints millions of token-layer routings per second. Without --trace the trace is made up: 131,072
 tokens, Zipf-like experts, 512 requests. `numpy` counts span, both kinds of messages and cross-rank
-pairs and nothing else; the replay also takes node figures, rank loads and batch figures.
+pairs and nothing else; the replay also takes node figures, rank loads and batch figures; `priced`
+is the modelled step time of batches of 256 tokens.
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ from collections.abc import Callable
 
 import numpy as np
 
-from placer.cost import measure, replay
+from placer.cluster import load_cluster
+from placer.cost import measure, replay, step_time
 from placer.placement import Placement, contiguous
-from placer.trace.model import Trace
+from placer.trace.model import ModelDims, Trace
 
 REPEATS = 5
+LABELS = (
+    "numpy", "replay", "with mixed batches", "local replicas", "priced", "priced, replicas",
+)  # fmt: skip
 COLD = """
 import time
 start = time.perf_counter()
@@ -114,6 +119,15 @@ def replicated(placement: Placement) -> Placement:
     return Placement(wide, placement.num_experts, num_ranks, placement.ranks_per_node)
 
 
+def price(trace: Trace, placement: Placement) -> object:
+    """Modelled step times of all batches, on all cores."""
+    cluster = load_cluster(
+        "h100-nvl8", num_nodes=placement.num_nodes, ranks_per_node=placement.ranks_per_node
+    )
+    dims = ModelDims("m", 7168, 44_000_000, 8.8e7)
+    return step_time(trace, placement, cluster, dims=dims, mixed_batches=False)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trace", help="an interchange trace (.npz)")
@@ -151,6 +165,8 @@ def main() -> None:
                 "replay": lambda: replay(trace, one, mixed_batches=False),  # noqa: B023
                 "with mixed batches": lambda: replay(trace, one),  # noqa: B023
                 "local replicas": lambda: replay(trace, two, mixed_batches=False),  # noqa: B023
+                "priced": lambda: price(trace, one),  # noqa: B023
+                "priced, replicas": lambda: price(trace, two),  # noqa: B023
             }
             for label, call in calls.items():
                 times = seconds(call)
@@ -166,7 +182,7 @@ def main() -> None:
     print(f"{result['unit']}, median of {REPEATS} (slowest .. fastest)")
     for row in rows:
         print(f"\n{row['trace']}, {row['ranks']} ranks")
-        for label in ("numpy", "replay", "with mixed batches", "local replicas"):
+        for label in LABELS:
             low, high = row[f"{label} spread"]  # type: ignore[misc]
             print(f"  {label:20s} {row[label]:6.1f}  ({low:.1f} .. {high:.1f})")
         print(f"  replay / numpy       {row['ratio to numpy']:6.1f} x")

@@ -16,7 +16,7 @@ from placer.cost.serving import Server, kernel_arrays, turns_of
 from placer.trace.model import Trace
 from solvers.problem import Dispatch
 
-_GROUP_BYTES = 2**24
+_GROUP_BYTES = 2**23
 
 
 class Setting(NamedTuple):
@@ -50,7 +50,8 @@ def price_batches(setting: Setting, batching: Batching, pricing: Pricing) -> lis
     table = num_layers * num_ranks
     per_batch = table * (72 + 8 * num_ranks * setting.with_pairs) + 16 * len(pricing.links.names)
     per_batch += setting.server.nothing_sent(1).nbytes
-    size = max(1, _GROUP_BYTES // per_batch)
+    even = -(-batching.num_batches // (4 * available_cores()))
+    size = max(1, min(_GROUP_BYTES // per_batch, even))
     firsts = range(0, max(1, batching.num_batches), size)
     spare: list[_Walk] = []
 
