@@ -1,13 +1,16 @@
 """The default: the local search, and beside it what is quick and might be better.
 
-For objective balance the greedy packing of EPLB is tried as well; of the placements that keep the
-cap, the one with the best objective is returned, the local search's on a tie. Source: placer.
+For objective balance the greedy packing of EPLB is tried as well; for affinity and co-activation
+`pairwise` takes the local search's place, unless experts may not sit anywhere. Of the placements
+that keep the cap, the one with the best objective is returned, the first one's on a tie. Source:
+placer.
 """
 
 from __future__ import annotations
 
 from solvers import check
 from solvers.budget import Budget
+from solvers.pairwise import restrictions
 from solvers.problem import Problem
 from solvers.registry import get, register
 from solvers.result import Solution
@@ -21,6 +24,10 @@ def auto(problem: Problem, seed: int, budget: Budget) -> Solution:
     names = ["local_search"]
     if problem.objective == "balance":
         names.append("eplb")
+    if problem.objective in check.PAIRWISE and not restrictions(problem):
+        names = ["pairwise"]
+        if problem.num_slots > problem.num_experts:
+            names.append("local_search")  # which places replicas
     best: tuple[tuple[bool, float], Solution] | None = None
     for name in names:
         solution = get(name).function(problem, seed, budget)

@@ -21,6 +21,12 @@ from numpy.typing import NDArray
 
 from solvers.problem import Dispatch, Problem
 
+PAIRWISE = {
+    "affinity": ("cross_rank_fraction", "affinity between two layers or more"),
+    "coactivation": ("coactivation_cut", "coactivation"),
+}
+"""The figure of an objective that counts pairs of experts, and what it is computed from."""
+
 
 def check(problem: Problem, placement: NDArray[np.integer]) -> dict[str, float]:
     """The figures of a placement; ValueError when it is unsound.
@@ -102,6 +108,9 @@ def check(problem: Problem, placement: NDArray[np.integer]) -> dict[str, float]:
 def objective(problem: Problem, parts: dict[str, float]) -> float:
     """The value of the problem's objective, from the figures that `check` gave.
 
+    affinity: the cross-rank fraction, ExFlow's measure.
+    coactivation: the share of co-activated pairs that is cut; a pair of experts weighs as many
+        tokens as chose both, over all layers.
     traffic: messages of the problem's dispatch + node_weight x node messages. `allgather` sends
         every token to every rank: G - 1 messages and N - 1 node messages, whatever the placement.
         Without `tokens` the pairwise stand-ins take the place of the exact messages.
@@ -112,6 +121,11 @@ def objective(problem: Problem, parts: dict[str, float]) -> float:
     """
     if problem.objective == "balance":
         return parts.get("imbalance_scenarios", parts["imbalance"])
+    if problem.objective in PAIRWISE:
+        figure, array = PAIRWISE[problem.objective]
+        if figure not in parts:
+            raise ValueError(f"objective {problem.objective!r} needs {array}")
+        return parts[figure]
     traffic = _traffic(problem, parts)
     if problem.objective == "traffic":
         return traffic

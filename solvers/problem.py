@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Dispatch = Literal["alltoall", "coherent", "allgather"]
-Objective = Literal["traffic", "balance", "latency"]
+Objective = Literal["traffic", "balance", "latency", "affinity", "coactivation"]
 Robust = Literal["mean", "worst", "cvar"]
 
 

@@ -18,7 +18,9 @@ from solvers.registry import get
 from solvers.result import Result, Solution, Status
 
 TOLERANCE = 1e-9  # relative; between a bound and a value that should meet
-_OBJECTIVE_FIGURE = {"balance": "imbalance"}
+_OBJECTIVE_FIGURE = {"balance": "imbalance"} | {
+    objective: figure for objective, (figure, _) in check.PAIRWISE.items()
+}
 
 
 def solve(

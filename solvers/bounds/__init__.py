@@ -10,7 +10,13 @@ from __future__ import annotations
 
 from solvers.bounds.load import imbalance_bound, rank_load_bound
 from solvers.bounds.traffic import traffic_bound
-from solvers.bounds.transport import ROUNDING, kept_flow_bound, to_integers
+from solvers.bounds.transport import (
+    ROUNDING,
+    affinity_bound,
+    coactivation_bound,
+    kept_flow_bound,
+    to_integers,
+)
 from solvers.check import num_tokens
 from solvers.problem import Problem
 
@@ -28,6 +34,10 @@ def lower_bound(problem: Problem) -> float | None:
     """A bound on the problem's objective; None if there is nothing to prove it on."""
     if problem.objective == "balance":
         return imbalance_bound(problem) * (1 - ROUNDING)
+    if problem.objective == "affinity":
+        return affinity_bound(problem)
+    if problem.objective == "coactivation":
+        return coactivation_bound(problem)
     traffic = traffic_bound(problem)
     if traffic is None:
         return None

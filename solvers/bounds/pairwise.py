@@ -1,9 +1,10 @@
 """Bounds on the cross-rank fraction and on the share of co-activated pairs that is cut.
 
 Both figures are one less what stays within ranks, over the total, so an upper bound on what stays
-is a lower bound on the figure. Two proofs:
+is a lower bound on the figure. Three proofs:
 
 - `transport`: integral b-matchings, cheap, also with redundant slots (`solvers.bounds.transport`);
+- `exact`: the optimum itself, for few experts (`solvers.proving`);
 - `relaxation`: doubly nonnegative with triangle cuts (`solvers.bounds.relaxation`); where every
   slot holds an expert, so that each rank holds equally many of each layer. Much tighter.
 
@@ -20,9 +21,10 @@ from numpy.typing import NDArray
 from solvers.bounds.bound import Bound
 from solvers.bounds.certifying import prover
 from solvers.bounds.relaxation import Chain, bound_kept
-from solvers.bounds.transport import ROUNDING, kept_flow_bound, kept_pairs_bound
+from solvers.bounds.transport import affinity_bound, coactivation_bound, share_cut
 from solvers.budget import Budget
 from solvers.problem import Problem
+from solvers.proving import prove
 
 Floats = NDArray[np.float64]
 
@@ -42,11 +44,9 @@ def affinity_by_transport(
     problem: Problem, parts: dict[str, float], budget: Budget
 ) -> Bound | None:
     """b-matchings of neighbouring layers."""
-    if AFFINITY not in parts or problem.affinity is None:
+    if AFFINITY not in parts:
         return None
-    start, total = time.perf_counter(), float(problem.affinity.sum())
-    kept = kept_flow_bound(problem.affinity, problem)
-    return _bound(AFFINITY, parts, kept, total, "b-matching", start)
+    return _bound(AFFINITY, parts, affinity_bound(problem), "b-matching", time.perf_counter())
 
 
 @prover(COACTIVATION)
@@ -56,9 +56,21 @@ def coactivation_by_transport(
     """b-matchings within layers."""
     if COACTIVATION not in parts:
         return None
-    start, pairs = time.perf_counter(), pairs_of(problem)
-    kept = kept_pairs_bound(pairs, problem)
-    return _bound(COACTIVATION, parts, kept, float(pairs.sum()), "b-matching", start)
+    return _bound(
+        COACTIVATION, parts, coactivation_bound(problem), "b-matching", time.perf_counter()
+    )
+
+
+@prover(AFFINITY)
+def affinity_exactly(problem: Problem, parts: dict[str, float], budget: Budget) -> Bound | None:
+    """Dynamic programming or the clique program."""
+    return _exact(AFFINITY, problem, parts, budget)
+
+
+@prover(COACTIVATION)
+def coactivation_exactly(problem: Problem, parts: dict[str, float], budget: Budget) -> Bound | None:
+    """Depth-first search of every layer."""
+    return _exact(COACTIVATION, problem, parts, budget)
 
 
 @prover(AFFINITY)
@@ -84,6 +96,14 @@ def coactivation_by_relaxation(
     return _relax(COACTIVATION, problem, chain, parts, budget)
 
 
+def _exact(figure: str, problem: Problem, parts: dict[str, float], budget: Budget) -> Bound | None:
+    start = time.perf_counter()
+    found = prove(problem, figure, None, budget) if figure in parts else None
+    if found is None:
+        return None
+    return _bound(figure, parts, share_cut(found.kept, 1.0), found.method, start)
+
+
 def _relax(
     figure: str, problem: Problem, chain: Chain, parts: dict[str, float], budget: Budget
 ) -> Bound | None:
@@ -100,13 +120,13 @@ def _relax(
     proof = bound_kept(chain, budget, iterations, (1.0 - parts[figure]) * total)
     if proof is None:
         return None
-    return _bound(figure, parts, proof.kept, total, "doubly nonnegative relaxation", start)
+    lower = share_cut(proof.kept, total)
+    return _bound(figure, parts, lower, "doubly nonnegative relaxation", start)
 
 
 def _bound(
-    figure: str, parts: dict[str, float], kept: float, total: float, method: str, start: float
-) -> Bound:
-    """One less the share that may stay; the value's own rounding is allowed for."""
-    lower = 1.0 - min(total, kept) / total - ROUNDING if total > 0 else 0.0
-    seconds = time.perf_counter() - start
-    return Bound(figure, parts[figure], max(0.0, lower), method, seconds)
+    figure: str, parts: dict[str, float], lower: float | None, method: str, start: float
+) -> Bound | None:
+    if lower is None:
+        return None
+    return Bound(figure, parts[figure], lower, method, time.perf_counter() - start)

@@ -27,6 +27,27 @@ def kept_flow_bound(flow: Floats, problem: Problem) -> float:
     return sum(flow_kept(layer_flow, groups) for layer_flow in flow) * (1 + ROUNDING)
 
 
+def affinity_bound(problem: Problem) -> float | None:
+    """Lower bound on the cross-rank fraction; None without affinity."""
+    if problem.affinity is None or problem.num_layers < 2:
+        return None
+    total = float(problem.affinity.sum())
+    return share_cut(kept_flow_bound(problem.affinity, problem), total)
+
+
+def coactivation_bound(problem: Problem) -> float | None:
+    """Lower bound on the share of co-activated pairs that is cut; None without co-activation."""
+    if problem.coactivation is None:
+        return None
+    pairs = problem.coactivation * (1.0 - np.eye(problem.num_experts))
+    return share_cut(kept_pairs_bound(pairs, problem), float(pairs.sum()))
+
+
+def share_cut(kept: float, total: float) -> float:
+    """One less the share that may stay; the rounding of the value itself is allowed for."""
+    return max(0.0, 1.0 - min(total, kept) / total - ROUNDING) if total > 0 else 0.0
+
+
 def kept_pairs_bound(pairs: Floats, problem: Problem) -> float:
     """Upper bound on the pairs [L, E, E] of a layer's experts that share a rank, both ways."""
     groups = Groups.ranks(problem)

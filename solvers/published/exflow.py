@@ -263,6 +263,18 @@ def place(
     num_layers, num_experts = len(flow) + 1, flow.shape[1]
     effort = effort_for(num_layers, num_experts, sizes.size)
     ranks = keep_flow(flow, sizes, rng, budget, effort)
+    return improve(flow, sizes, ranks, budget, backend)
+
+
+def improve(
+    flow: NDArray[np.float64],
+    sizes: NDArray[np.int64],
+    ranks: Ranks,
+    budget: Budget,
+    backend: Backend,
+) -> Stage:
+    """The integer program, from ranks [L, E], where it is within reach."""
+    num_layers, num_experts = ranks.shape
     if budget.expired() or not _is_small(num_layers, num_experts, sizes, MAX_IMPLICATIONS[backend]):
         return Stage(ranks, None, "not run", budget.expired())
     weights, scale = to_integers(flow)
