@@ -29,6 +29,8 @@ class BatchFigures:
         num_batches: N, complete batches that the figures are over.
         imbalance: [1 + J, N] mean over layers of max / mean rank load.
         utilization: [1 + J, N] mean over layers of mean / max rank load, as SGLang computes it.
+        pooled: [1 + J, N] sum over layers of mean / sum over layers of max rank load, as vLLM logs
+            it.
         excess: [1 + J, L] sum over batches of max / mean - 1.
         loaded: [1 + J, L] batches with load in that layer.
         group_used: [J] whether any request belongs to the group.
@@ -38,6 +40,7 @@ class BatchFigures:
     num_batches: int
     imbalance: NDArray[np.float64]
     utilization: NDArray[np.float64]
+    pooled: NDArray[np.float64]
     excess: NDArray[np.float64]
     loaded: NDArray[np.float64]
     group_used: NDArray[np.bool_]
@@ -65,6 +68,7 @@ class BatchLoads:
         self._with_sent = with_sent
         self._imbalance: list[NDArray[np.float64]] = []
         self._utilization: list[NDArray[np.float64]] = []
+        self._pooled: list[NDArray[np.float64]] = []
         self._excess = np.zeros((NUM_GROUPS + 1, num_layers))
         self._loaded = np.zeros((NUM_GROUPS + 1, num_layers))
         self._group_used = np.zeros(NUM_GROUPS, np.bool_)
@@ -106,13 +110,14 @@ class BatchLoads:
     def finish(self, how: str) -> BatchFigures:
         """Close what is open, by batch number, and give the figures."""
         self.close(sorted(self._slots))
-        imbalance = np.concatenate([np.zeros((NUM_GROUPS + 1, 0)), *self._imbalance], axis=1)
-        utilization = np.concatenate([np.zeros((NUM_GROUPS + 1, 0)), *self._utilization], axis=1)
+        none = np.zeros((NUM_GROUPS + 1, 0))
+        imbalance = np.concatenate([none, *self._imbalance], axis=1)
         return BatchFigures(
             how,
             int(np.isfinite(imbalance[0]).sum()),
             imbalance,
-            utilization,
+            np.concatenate([none, *self._utilization], axis=1),
+            np.concatenate([none, *self._pooled], axis=1),
             self._excess,
             self._loaded,
             self._group_used,
@@ -157,9 +162,10 @@ class BatchLoads:
                 for figure, new in zip(row, kept, strict=True):
                     figure[changed] = new
             rows.append(row)
-        imbalance, utilization, excess, loaded = zip(*rows, strict=True)
+        imbalance, utilization, pooled, excess, loaded = zip(*rows, strict=True)
         self._imbalance.append(np.stack(imbalance))
         self._utilization.append(np.stack(utilization))
+        self._pooled.append(np.stack(pooled))
         self._excess += np.stack([figure.sum(axis=0) for figure in excess])
         self._loaded += np.stack([figure.sum(axis=0) for figure in loaded])
 
@@ -167,7 +173,7 @@ class BatchLoads:
 def _figures(
     loads: NDArray[np.int32], all_pairs: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], ...]:
-    """Imbalance [n], utilization [n], max / mean - 1 [n, L] and whether there is load [n, L].
+    """Imbalance, utilization and pooled [n]; max / mean - 1 and whether there is load [n, L].
 
     Of loads [n, L, G]; nothing counts where less than half of a batch's `all_pairs` [n] is left.
     """
@@ -180,5 +186,12 @@ def _figures(
     imbalance = np.full(loads.shape[0], np.nan)
     np.divide(ratio.sum(axis=1), loaded.sum(axis=1), out=imbalance, where=enough)
     utilization = ((mean + _SGLANG_EPSILON) / (peak + _SGLANG_EPSILON)).mean(axis=1)
-    excess = np.where(loaded, ratio - 1, 0.0)
-    return imbalance, np.where(enough, utilization, np.nan), excess, loaded.astype(np.float64)
+    pooled = np.full(loads.shape[0], np.nan)
+    np.divide(mean.sum(axis=1), peak.sum(axis=1), out=pooled, where=enough)
+    return (
+        imbalance,
+        np.where(enough, utilization, np.nan),
+        pooled,
+        np.where(loaded, ratio - 1, 0.0),
+        loaded.astype(np.float64),
+    )

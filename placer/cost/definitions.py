@@ -115,7 +115,14 @@ METRICS: tuple[MetricInfo, ...] = (
         "balancedness",
         "",
         "higher",
-        "sum over layers of mean rank load / sum of max rank load, whole trace (as vLLM logs it)",
+        "sum over layers of mean rank load / sum of max rank load, whole trace",
+        (0.0, 1.0),
+    ),
+    MetricInfo(
+        "vllm_balancedness",
+        "",
+        "higher",
+        "balancedness of each batch, mean over batches (what vLLM logs of each forward pass)",
         (0.0, 1.0),
     ),
     MetricInfo(

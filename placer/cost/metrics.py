@@ -188,8 +188,7 @@ def imbalance_of(loads: NDArray[np.float64]) -> NDArray[np.float64]:
 def balancedness_of(loads: NDArray[np.float64]) -> NDArray[np.float64]:
     """[...] sum over layers of mean rank load / sum of max rank load, of loads [..., L, G].
 
-    vLLM logs it of each forward pass (vllm/distributed/eplb/eplb_state.py, `EplbState.step`);
-    here it is of the whole trace.
+    vLLM's definition, which it applies to each forward pass; here it is of the whole trace.
     """
     return _divide(loads.mean(axis=-1).sum(axis=-1), loads.max(axis=-1).sum(axis=-1))
 
@@ -235,7 +234,10 @@ def _batch_draws(batches: BatchFigures, prefix: str, with_groups: bool) -> dict[
 
 
 def _engine_draws(batches: BatchFigures, with_groups: bool) -> dict[str, _Draws]:
-    """Balance as SGLang and TensorRT-LLM define it.
+    """Balance as vLLM, SGLang and TensorRT-LLM define it.
+
+    vLLM: per forward pass, the sum over layers of mean rank load / the sum of max rank load; then
+    the mean over passes (vllm/distributed/eplb/eplb_state.py, `_compute_eplb_load_stats`).
 
     SGLang: per forward pass, the mean over layers of (mean + 1e-5) / (max + 1e-5) rank load, so
     that a layer without load counts as 1; then the mean over passes
@@ -246,16 +248,19 @@ def _engine_draws(batches: BatchFigures, with_groups: bool) -> dict[str, _Draws]
     `calculate_load_statistics`). Its script splits an expert's load evenly over its copies; here
     it is the load that the replay served. Layers without load are left out.
     """
-    utilization = [
-        row[np.isfinite(row)] for row in _rows(batches, batches.utilization, with_groups)
-    ]
-    sglang = np.array([row.mean() if row.size else np.nan for row in utilization])
+
+    def over_passes(figures: NDArray[np.float64]) -> _Draws:
+        rows = [row[np.isfinite(row)] for row in _rows(batches, figures, with_groups)]
+        means = np.array([row.mean() if row.size else np.nan for row in rows])
+        return _Draws(float(means[0]), means[1:], "jackknife")
+
     excess = _rows(batches, batches.excess, with_groups)
     loaded = _rows(batches, batches.loaded, with_groups)
     per_layer = np.divide(excess, loaded, out=np.zeros_like(excess), where=loaded > 0)
     tensorrt = _divide(per_layer.sum(axis=1), (loaded > 0).sum(axis=1))
     return {
-        "sglang_balancedness": _Draws(float(sglang[0]), sglang[1:], "jackknife"),
+        "vllm_balancedness": over_passes(batches.pooled),
+        "sglang_balancedness": over_passes(batches.utilization),
         "tensorrt_llm_imbalance_ratio": _Draws(float(tensorrt[0]), tensorrt[1:], "jackknife"),
     }
 
@@ -270,7 +275,7 @@ def _rows(
 
 def _notes(replay: Replay) -> dict[str, str]:
     own = ("imbalance_batches_mean", "imbalance_batches_p95")
-    engines = ("sglang_balancedness", "tensorrt_llm_imbalance_ratio")
+    engines = ("vllm_balancedness", "sglang_balancedness", "tensorrt_llm_imbalance_ratio")
     notes = dict.fromkeys((*own, *engines), replay.batches.how)
     if replay.mixed_batches is not None:
         mixed = ("imbalance_mixed_batches_mean", "imbalance_mixed_batches_p95")

@@ -21,11 +21,14 @@ SHORT = {
     "imbalance": "imbalance (max/mean load)",
     "imbalance_batches_p95": "imbalance, p95 over batches",
     "imbalance_mixed_batches_p95": "imbalance, p95 over mixed batches",
-    "balancedness": "balancedness (vLLM)",
+    "vllm_balancedness": "balancedness (vLLM)",
     "sglang_balancedness": "balancedness (SGLang)",
     "tensorrt_llm_imbalance_ratio": "imbalance ratio (TensorRT-LLM)",
 }
-NAMES = SHORT | {"imbalance_batches_mean": "imbalance, mean over batches"}
+NAMES = SHORT | {
+    "imbalance_batches_mean": "imbalance, mean over batches",
+    "balancedness": "balancedness, whole trace",
+}
 NODE_FIGURES = (
     "node_span",
     "node_messages_alltoall",

@@ -213,12 +213,14 @@ def batch_figures(served, batches, dropped, placement, prefix):
 def engine_figures(served, batches, dropped, placement):
     tables = complete_batches(served, batches, dropped, placement)
     sglang = [mean([(average(row) + 1e-5) / (max(row) + 1e-5) for row in t]) for t in tables]
+    pooled = [sum(average(row) for row in t) / sum(max(row) for row in t) for t in tables]
     by_layer = []
     for l in range(placement.num_layers):  # noqa: E741
         ratios = [max(t[l]) / average(t[l]) - 1 for t in tables if sum(t[l])]
         if ratios:
             by_layer.append(mean(ratios))
     return {
+        "vllm_balancedness": mean(pooled),
         "sglang_balancedness": mean(sglang),
         "tensorrt_llm_imbalance_ratio": mean(by_layer),
     }

@@ -385,6 +385,8 @@ def test_tensorrt_llm_options_may_hold_the_balancer(tmp_path):
     path.write_text(yaml.safe_dump({**balancer, "num_experts": 8}))
     with pytest.raises(BadFileError, match="num_experts, which TensorRT-LLM refuses"):
         kind.read(path, PlanHints(gpus=4))
+    path.write_text(yaml.safe_dump({**balancer, "ep_size": 4}))
+    assert kind.read(path, PlanHints()).plan.placement.num_ranks == 4
     path.write_text(yaml.safe_dump({**balancer, "num_slots": 11}))
     with pytest.raises(BadFileError, match="num_slots 11"):
         kind.read(path, PlanHints(gpus=4))

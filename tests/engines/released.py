@@ -1,9 +1,9 @@
 """Released engines, module by module, without what their packages import besides.
 
 `make test-engines` puts the packages of `packages.txt` into `.venv-engines/packages`, without
-dependencies. A module of theirs is run as it was released; the packages around it are entered
-without running their `__init__`, and modules that it imports but that are not there (a GPU runtime,
-a logger) get stand-ins, which each test names.
+dependencies. A module of theirs is run as it was released; only the package's own `__init__` is not
+run, and modules that it imports but that are not there or need a GPU get stand-ins, which each test
+names.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def released(
     top = module.partition(".")[0]
     for name in [name for name in sys.modules if name.partition(".")[0] == top]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, _BarePackages(top)])
+    monkeypatch.setattr(sys, "meta_path", [_BarePackage(top), *sys.meta_path])
+    monkeypatch.setattr(sys, "path", [*sys.path, str(PACKAGES)])
     for name, attributes in stand_ins.items():
         _stand_in(monkeypatch, name, attributes)
     found = importlib.import_module(module)
@@ -55,18 +56,15 @@ def _stand_in(monkeypatch: pytest.MonkeyPatch, name: str, attributes: Mapping[st
     monkeypatch.setitem(sys.modules, name, module)
 
 
-class _BarePackages:
-    """Finds the modules of one package, and enters its folders without running `__init__`."""
+class _BarePackage:
+    """Finds one package by its folder, so that its `__init__` does not run."""
 
-    def __init__(self, top: str) -> None:
-        self.top = top
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name.partition(".")[0] != self.top:
+        if name != self.name:
             return None
-        place = PACKAGES / name.replace(".", "/")
-        if place.is_dir():
-            spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
-            spec.submodule_search_locations = [str(place)]
-            return spec
-        return importlib.machinery.PathFinder.find_spec(name, [str(place.parent)])
+        spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
+        spec.submodule_search_locations = [str(PACKAGES / name)]
+        return spec

@@ -4,11 +4,14 @@
 `initial_global_assignments` and `layer_updates_per_iter`. The assignments are a list of `num_slots`
 experts under each layer's real number (`get_layer_initial_global_assignments` raises where a MoE
 layer is missing or its list has another length), and `setup` wants `num_slots` divisible by the
-number of ranks. With `layer_updates_per_iter: 0` the placement stays as it is.
+number of ranks. With `layer_updates_per_iter: 0` the placement stays as it is. Files for the
+reports in `examples/wide_ep/ep_load_balancer` also have `ep_size`, which the engine refuses: placer
+reads it and does not write it.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from placer.errors import BadFileError, UsageError
 from placer.files import atomic_path
 from placer.plan import Plan
 
-KEYS = ("num_slots", "initial_global_assignments", "layer_updates_per_iter")
+KEYS = ("num_slots", "initial_global_assignments", "layer_updates_per_iter", "ep_size")
 
 
 def recognises(path: Path) -> bool:
@@ -63,6 +66,9 @@ def read(path: Path, hints: PlanHints) -> ImportedPlan:
         raise BadFileError(
             f"{path} says num_slots {short(num_slots)}, its lists have {table.shape[1]} experts"
         )
+    if hints.gpus is None and "ep_size" in document:
+        (ep_size,) = integers([document["ep_size"]], f"ep_size of {path}")
+        hints = replace(hints, gpus=max(1, ep_size))
     num_ranks = needed_gpus(hints, table.shape[1], str(path))
     return imported_plan(table, layer_ids, num_ranks, hints, path, "tensorrt-llm")
 
