@@ -27,7 +27,7 @@ def released(
     """A module of a released package.
 
     Args:
-        monkeypatch: takes back everything that this puts into sys.modules.
+        monkeypatch: takes back the stand-ins; `conftest.py` removes what was imported.
         module: its full name.
         stand_ins: module name -> its attributes, for imports that are not there.
     """
@@ -42,8 +42,6 @@ def released(
         _stand_in(monkeypatch, name, attributes)
     found = importlib.import_module(module)
     assert Path(str(found.__file__)).is_relative_to(PACKAGES)
-    for name in [name for name in sys.modules if name.partition(".")[0] == top]:
-        monkeypatch.setitem(sys.modules, name, sys.modules[name])
     return found
 
 
