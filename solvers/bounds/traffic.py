@@ -15,7 +15,7 @@ Complexity: O(L T K^2) to count pairs, one transport problem per layer. Source: 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +51,23 @@ def traffic_bound(problem: Problem) -> float | None:
             for groups, weight in levels
         )
     return None
+
+
+def layer_bounds(problem: Problem, figure: str) -> Floats:
+    """[L] bounds on the sum over all tokens of span, messages_alltoall or messages_coherent."""
+    groups, tokens = Groups.ranks(problem), problem.tokens
+    assert tokens is not None
+    if figure != "span":
+        problem = replace(problem, dispatch="coherent" if "coherent" in figure else "alltoall")
+    found = np.zeros(problem.num_layers)
+    for layer in range(problem.num_layers):
+        counts = _Counts.of(tokens[:, layer], problem.num_experts)
+        if figure == "span":
+            span = _span(counts, groups, *pairs_kept(counts.pairs, groups))
+            found[layer] = max(span, float(counts.tokens_using[1:].sum()))
+        else:
+            found[layer] = _messages(problem, tokens, layer, counts, groups)
+    return found
 
 
 @dataclass(frozen=True, eq=False)
