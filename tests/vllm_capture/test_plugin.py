@@ -7,6 +7,7 @@ import sys
 import tomllib
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -142,3 +143,29 @@ def test_only_the_rows_of_this_rank_are_kept():
     ids = torch.tensor([[4], [3], [2], [1]])
     buffers.record(torch.ones(4, 1), ids, 0)  # three rows of its own, room for two
     assert buffers.snapshot(2, num_experts=8)[0].reshape(-1).tolist() == [3, 2]
+
+
+def test_a_watched_router_gives_what_it_gave_and_a_failing_record_does_not_stop_it():
+    torch = pytest.importorskip("torch")
+    from placer.engines.vllm.routing import MoeLayer, RoutingBuffers, watch_routers
+
+    gates, ids = torch.tensor([[0.7, 0.3]]), torch.tensor([[5, 2]])
+    router = SimpleNamespace(_compute_routing=lambda *_: (gates, ids))
+    layers = [MoeLayer(3, None, router)]
+    rows = {"here": slice(0, 1)}
+    buffers = RoutingBuffers(
+        layers,
+        max_tokens=4,
+        top_k=2,
+        device=torch.device("cpu"),
+        local_rows=lambda _: rows["here"],
+    )
+    watch_routers(layers, buffers)
+    found = router._compute_routing("hidden", "logits")
+    assert found[0] is gates
+    assert found[1].tolist() == [[5, 2]]
+    assert buffers.snapshot(1, num_experts=8)[0].tolist() == [[[5, 2]]]
+    rows["here"] = slice(3, 5)  # rows that the router does not have
+    assert router._compute_routing("hidden", "logits")[1].tolist() == [[5, 2]]
+    assert buffers.error is not None
+    assert not buffers.active

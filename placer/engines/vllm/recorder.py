@@ -115,6 +115,8 @@ class Recorder:
         scheduler_output = args[0] if args else kwargs["scheduler_output"]
         for name in scheduler_output.finished_req_ids:
             self._numbers.pop(name, None)
+        if self._buffers.error is not None:
+            raise self._buffers.error
         batch = last_batch(self._runner, scheduler_output)
         if batch is None:
             return
@@ -144,6 +146,7 @@ class Recorder:
         """Write what is in memory; the trace is whole then."""
         if self._buffers is None:
             return
+        self._buffers.active = False
         self._buffers = None
         atexit.unregister(self.close)
         while self._pending:
@@ -159,6 +162,8 @@ class Recorder:
 
     def abandon(self) -> None:
         """Stop at once; the trace stays unfinished."""
+        if self._buffers is not None:
+            self._buffers.active = False
         self._buffers = None
         self._pending.clear()
         self._stream.failed = True

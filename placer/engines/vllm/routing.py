@@ -71,6 +71,8 @@ class RoutingBuffers:
         experts: [max T, L, K] int32 on the device.
         weights: [max T, L, K] float32 on the device.
         seen: per layer, whether its router was ever heard.
+        active: whether they are wanted; CUDA graphs go on writing into them when they are not.
+        error: what went wrong while they were filled, if anything did.
     """
 
     def __init__(
@@ -86,6 +88,8 @@ class RoutingBuffers:
         self.experts = torch.full(shape, -1, dtype=torch.int32, device=device)
         self.weights = torch.zeros(shape, dtype=torch.float32, device=device)
         self.seen = [False] * len(layers)
+        self.active = True
+        self.error: Exception | None = None
         self._local_rows = local_rows
 
     def record(self, weights: torch.Tensor, experts: torch.Tensor, layer: int) -> None:
@@ -149,8 +153,11 @@ def _define_operator() -> None:
 
 
 def _record_routing(weights: torch.Tensor, experts: torch.Tensor, layer: int) -> torch.Tensor:
-    if _buffers is not None:
-        _buffers.record(weights, experts, layer)
+    if _buffers is not None and _buffers.active:
+        try:
+            _buffers.record(weights, experts, layer)
+        except Exception as error:  # the model has to go on
+            _buffers.active, _buffers.error = False, error
     return experts.clone()
 
 
