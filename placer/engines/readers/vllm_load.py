@@ -1,7 +1,7 @@
 """vLLM's expert-load statistics: JSON lines (`expert_load_stats_config` with `output_dir`).
 
 As `vllm/v1/worker/expert_load_stats.py: ExpertLoadReporter` writes them (on vLLM's main branch in
-autumn 2026, not in 0.32): a file per rank, each with the tokens that the rank owns; a line per
+autumn 2026, not in 0.33.0): a file per rank, each with the tokens that the rank owns; a line per
 layer and forward pass ("vllm.expert_load.iteration") where `trace` was on, and a line per layer
 and interval ("vllm.expert_load"). Experts are logical.
 """
