@@ -62,9 +62,13 @@ def shape_of_config(config: Any, name: str, source: str) -> ModelShape:
 
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     storage = storage_of(getattr(config, "quantization_config", None))
-    counts = [v for key, v in text.to_dict().items() if "expert" in key and isinstance(v, int)]
+    counts = {count for count in _expert_counts(text.to_dict()) if count >= 2}
     model = _empty_model(config)
-    stacks = find_stacks(model) if max(counts, default=0) >= 2 else []
+    stacks = find_stacks(model) if counts else []
+    # other like modules may look like experts; the configuration knows how many of those there are
+    stacks = [stack for stack in stacks if stack.num_experts in counts] or stacks
+    stacks = [stack for stack in stacks if "shared" not in stack.name] or stacks
+    stacks = [stack for stack in stacks if "expert" in stack.name] or stacks
     if not stacks:
         raise PlacerError(f"{name} has no experts", "is it a Mixture-of-Experts model?")
     group, _ = choose_group([stack.name for stack in stacks], None)
@@ -121,6 +125,15 @@ def kv_bytes_of(text: Any, element_bytes: int = 2) -> int | None:
     kind than attention (state-space, convolution, linear attention) keep none per token; sliding
     windows are counted like the rest, as long as the context is shorter than they are.
     """
+    try:
+        return _kv_bytes(text, element_bytes)
+    except Exception as error:  # transformers refuses what varies by layer, by an error of its own
+        if "per-layer" not in str(error):
+            raise
+        return None
+
+
+def _kv_bytes(text: Any, element_bytes: int) -> int | None:
     num_layers = getattr(text, "num_hidden_layers", None)
     if not isinstance(num_layers, int) or getattr(text, "is_encoder_decoder", False):
         return None
@@ -141,6 +154,15 @@ def kv_bytes_of(text: Any, element_bytes: int = 2) -> int | None:
     if not isinstance(kv_heads, int) or not isinstance(head_dim, int):
         return None
     return num_layers * 2 * kv_heads * head_dim * element_bytes
+
+
+def _expert_counts(values: dict[str, Any]) -> Iterator[int]:
+    """Whole numbers under keys that speak of experts, those of nested configurations too."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _expert_counts(value)
+        elif "expert" in str(key) and isinstance(value, int) and not isinstance(value, bool):
+            yield value
 
 
 def _empty_model(config: Any) -> Any:

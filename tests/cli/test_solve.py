@@ -409,3 +409,10 @@ def test_a_real_trace_gets_a_plan_that_saves_messages_on_held_out_requests(
     change = prediction["change"]["contiguous"]
     assert change[f"messages_{dispatch}"]["change_high"] < -least_saving
     assert change["imbalance"]["change_high"] < 0
+
+
+def test_a_named_model_must_be_the_traced_one(trace_folder, tmp_path):
+    base = ("solve", trace_folder, "--gpus", 4, "-o", tmp_path / "plan.json")
+    error = fails(2, tmp_path, *base, "--cluster", "h100-nvl8", "--model", "mixtral-8x7b")
+    assert "mixtral-8x7b has 32 MoE layers of 8 experts, the trace" in error
+    assert "needs to know the model" in fails(2, tmp_path, *base, "--kv-tokens", 5)
