@@ -50,6 +50,16 @@ class PredictionDocument(BaseModel):
     change: dict[str, dict[str, Change]]
 
 
+class BoundDocument(BaseModel):
+    """A proven bound beside the plan's value, on the tokens that it was fitted to."""
+
+    figure: str
+    value: FiniteFloat
+    lower_bound: FiniteFloat
+    gap: FiniteFloat
+    method: str
+
+
 class CertificateDocument(BaseModel):
     """How good the placement is on the tokens that it was fitted to."""
 
@@ -59,6 +69,7 @@ class CertificateDocument(BaseModel):
     gap: FiniteFloat | None
     status: str
     bound_of: str | None = None
+    bounds: list[BoundDocument] = Field(default_factory=list)
 
 
 class InputDocument(BaseModel):

@@ -75,6 +75,7 @@ def _register() -> None:
     from placer.cli import (
         analyze,
         calibrate,
+        certify,
         compare,
         demo,
         doctor,
@@ -90,7 +91,7 @@ def _register() -> None:
     )
 
     for module in (
-        demo, tracing, importing, inspecting, analyze, solve, evaluate, compare, sweep,
+        demo, tracing, importing, inspecting, analyze, solve, evaluate, certify, compare, sweep,
         reporting, exporting, model, calibrate, doctor,
     ):  # fmt: skip
         module.register(app)

@@ -25,6 +25,8 @@ class ObjectiveName(StrEnum):
     traffic = "traffic"
     balance = "balance"
     latency = "latency"
+    affinity = "affinity"
+    coactivation = "coactivation"
 
 
 class PhaseName(StrEnum):
@@ -134,6 +136,16 @@ Phase = Annotated[PhaseName | None, typer.Option("--phase", help="Use only this 
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of the split, search and bootstrap.")]
 TimeLimit = Annotated[
     float | None, typer.Option("--time-limit", min=0.1, help="Seconds for the solver.")
+]
+Certify = Annotated[
+    float | None,
+    typer.Option(
+        "--certify",
+        min=0.1,
+        metavar="SECONDS",
+        help="Prove bounds on every figure for so long. Default: a few seconds' worth, on the "
+        "objectives affinity and coactivation.",
+    ),
 ]
 Holdout = Annotated[
     float, typer.Option("--holdout", help="Share of the requests that judges the plan.")

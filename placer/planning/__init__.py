@@ -1,5 +1,6 @@
 """From traces to plans: split the requests, pose the problem, solve it, judge what comes out."""
 
+from placer.planning.certifying import Certificate, certify_plan
 from placer.planning.frontier import Frontier, make_frontier
 from placer.planning.making import (
     cap_warnings,
@@ -28,12 +29,14 @@ __all__ = [
     "DEFAULT_MAX_IMBALANCE",
     "DEFAULT_NODE_WEIGHT",
     "PROFILE_TOKENS",
+    "Certificate",
     "Frontier",
     "Parts",
     "Progress",
     "Settings",
     "build_problem",
     "cap_warnings",
+    "certify_plan",
     "check_solver",
     "cluster_of",
     "digest_of",

@@ -14,6 +14,7 @@ from placer.errors import InfeasibleError, PlacerError, TimeLimitError, UsageErr
 from placer.evaluation import evaluate
 from placer.placement import Placement, contiguous_like
 from placer.plan import Plan
+from placer.planning.certifying import bounds_of_result, with_bounds
 from placer.planning.parts import Parts, split_sources
 from placer.planning.posing import build_problem
 from placer.planning.scenarios import workloads_of
@@ -23,6 +24,7 @@ from placer.trace.source import TraceSource
 
 if TYPE_CHECKING:
     from solvers import Budget, Problem, Result
+    from solvers.bounds.bound import Bound
 
 
 def check_solver(name: str) -> None:
@@ -112,8 +114,10 @@ def make_plan(
     progress(f"solving with {settings.solver}")
     result = run_solver(problem, settings)
     refuse_broken_cap(result, settings)
+    bounds = bounds_of_result(problem, result, settings, progress)
     progress(f"replaying the {parts.scope} tokens")
-    return plan_of_result(result, problem, parts, settings, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return plan_of_result(result, problem, parts, settings, seconds, bounds)
 
 
 def placement_of(problem: Problem, result: Result) -> Placement:
@@ -124,7 +128,12 @@ def placement_of(problem: Problem, result: Result) -> Placement:
 
 
 def plan_of_result(
-    result: Result, problem: Problem, parts: Parts, settings: Settings, seconds: float
+    result: Result,
+    problem: Problem,
+    parts: Parts,
+    settings: Settings,
+    seconds: float,
+    bounds: Sequence[Bound] = (),
 ) -> Plan:
     """Judge the result on the parts' tokens and write down where it came from.
 
@@ -150,17 +159,21 @@ def plan_of_result(
         prediction=evaluation.to_document()
         | modelled_step_times(placement, baseline, parts, settings)
         | by_workload(placement, baseline, parts, settings),
-        certificate={
-            "scope": "fit",
-            "objective": settings.objective,
-            "value": result.objective,
-            "bound_of": result.bound_of,
-            "lower_bound": result.lower_bound,
-            "gap": result.gap,
-            "status": "feasible" if result.status == "infeasible" else result.status,
-            "termination": result.termination,
-            "parts": result.parts,
-        },
+        certificate=with_bounds(
+            {
+                "scope": "fit",
+                "objective": settings.objective,
+                "value": result.objective,
+                "bound_of": result.bound_of,
+                "lower_bound": result.lower_bound,
+                "gap": result.gap,
+                "status": "feasible" if result.status == "infeasible" else result.status,
+                "termination": result.termination,
+                "parts": result.parts,
+            },
+            bounds,
+            settings.objective,
+        ),
         provenance={
             "inputs": parts.inputs,
             "split": {
@@ -175,7 +188,11 @@ def plan_of_result(
             "notes": result.notes,
             "versions": versions(),
         },
-        timings={"solve_s": round(result.seconds, 3), "total_s": round(seconds, 3)},
+        timings={
+            "solve_s": round(result.seconds, 3),
+            **({"certify_s": round(sum(bound.seconds for bound in bounds), 3)} if bounds else {}),
+            "total_s": round(seconds, 3),
+        },
     )
 
 

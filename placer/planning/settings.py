@@ -53,6 +53,7 @@ class Settings:
         max_moves: most copies that may change their place against `start`.
         pins: "expert@rank" or "layer:expert@rank", layers by their real numbers.
         slot_budget: most slots that a rank fills, summed over layers.
+        certify_s: seconds to prove bounds in; None = a little effort, on the objective only.
     """
 
     num_ranks: int
@@ -81,6 +82,7 @@ class Settings:
     max_moves: int | None = None
     pins: tuple[str, ...] = ()
     slot_budget: int | None = None
+    certify_s: float | None = None
 
     @property
     def averaged_over(self) -> BalanceOver:

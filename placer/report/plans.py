@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.markup import escape
 
+from placer.report.certificates import bounds_table
 from placer.report.tables import (
     NAMES,
     certificate_line,
@@ -17,6 +18,8 @@ from placer.report.tables import (
     titled,
 )
 from placer.report.timing import timing_table
+
+BOUNDS_TITLE = "proven on the tokens that the plan was fitted to: no plan is below the bound"
 
 
 def plan_summary(document: Mapping[str, Any]) -> list[RenderableType]:
@@ -42,6 +45,8 @@ def plan_summary(document: Mapping[str, Any]) -> list[RenderableType]:
         solver = document["provenance"].get("solver", "unknown solver")
         took = "" if seconds is None else f" ({solver}, {seconds:.1f} s)"
         lines.append(certificate_line(certificate) + took)
+        if len(certificate.get("bounds", [])) > 1:
+            lines += titled(BOUNDS_TITLE, bounds_table(certificate["bounds"]))
     return lines
 
 

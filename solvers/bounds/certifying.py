@@ -22,6 +22,7 @@ from solvers import check
 from solvers.bounds.bound import Bound
 from solvers.budget import Budget
 from solvers.problem import Problem
+from solvers.solving import ctrl_c_stops
 
 _MET = 1e-9  # a gap that is rounding
 
@@ -47,6 +48,12 @@ def _load_all() -> None:
         importlib.import_module(module.name)
 
 
+def known_figures() -> list[str]:
+    """Figures that have a prover, sorted."""
+    _load_all()
+    return sorted(_PROVERS)
+
+
 def certify(
     problem: Problem,
     placement: NDArray[np.integer],
@@ -54,6 +61,8 @@ def certify(
     figures: Sequence[str] | None = None,
 ) -> list[Bound]:
     """Bounds on the figures of a placement, of those that anything can be proven about.
+
+    The first Ctrl-C asks the provers for what they have, as it does a solver.
 
     Args:
         problem: what was to be placed; the bounds hold on its arrays, for every placement.
@@ -70,17 +79,18 @@ def certify(
     wanted = list(_PROVERS) if figures is None else [name for name in figures if name in _PROVERS]
     jobs = [(figure, function) for figure in wanted for function in _PROVERS[figure]]
     best: dict[str, Bound] = {}
-    for number, (figure, function) in enumerate(jobs):
-        if figure in best and best[figure].gap <= _MET:
-            continue
-        found = function(problem, parts, budget.part(1 / (len(jobs) - number)))
-        if found is None:
-            continue
-        slack = 1e-9 * max(1.0, abs(found.value))
-        assert found.lower_bound <= found.value + slack, (
-            f"internal error: {found.method} proved {figure} >= {found.lower_bound}, "
-            f"but this placement has {found.value}"
-        )
-        if figure not in best or found.lower_bound > best[figure].lower_bound:
-            best[figure] = found
+    with ctrl_c_stops(budget):
+        for number, (figure, function) in enumerate(jobs):
+            if figure in best and best[figure].gap <= _MET:
+                continue
+            found = function(problem, parts, budget.part(1 / (len(jobs) - number)))
+            if found is None:
+                continue
+            slack = 1e-9 * max(1.0, abs(found.value))
+            assert found.lower_bound <= found.value + slack, (
+                f"internal error: {found.method} proved {figure} >= {found.lower_bound}, "
+                f"but this placement has {found.value}"
+            )
+            if figure not in best or found.lower_bound > best[figure].lower_bound:
+                best[figure] = found
     return list(best.values())

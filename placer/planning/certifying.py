@@ -1,0 +1,169 @@
+"""How far from the optimum a placement can be at most, on the tokens that it is judged on here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from placer.errors import UsageError
+from placer.plan import Plan
+from placer.planning.posing import build_problem
+from placer.planning.settings import Progress, Settings
+from placer.trace.source import TraceSource
+
+if TYPE_CHECKING:
+    from solvers import Problem, Result
+    from solvers.bounds.bound import Bound
+
+DEFAULT_EFFORT = 3.0
+"""Nominal seconds per proof where no time was given: the same bytes on every machine."""
+OBJECTIVE_FIGURES = {"affinity": "cross_rank_fraction", "coactivation": "coactivation_cut"}
+"""Objectives that are certified unasked, and their figures."""
+
+FORMAT = "placer.certificate"
+SCHEMA_VERSION = 1
+
+
+def bounds_of_result(
+    problem: Problem, result: Result, settings: Settings, progress: Progress
+) -> list[Bound]:
+    """Bounds on the figures of a result: all of them where time was given for it.
+
+    Without, only on what is to be minimised, and with an effort instead of a time.
+    """
+    from solvers import Budget
+    from solvers.bounds.certifying import certify
+
+    own = OBJECTIVE_FIGURES.get(settings.objective)
+    if settings.certify_s is None and (own is None or result.status == "optimal"):
+        return []
+    progress("proving bounds")
+    if settings.certify_s is None:
+        assert own is not None
+        return certify(problem, result.placement, Budget(effort=DEFAULT_EFFORT), [own])
+    return certify(problem, result.placement, Budget(settings.certify_s))
+
+
+def with_bounds(
+    certificate: Mapping[str, Any], bounds: Sequence[Bound], objective: str
+) -> dict[str, Any]:
+    """A plan's certificate with proven bounds; one on the objective itself takes the first place.
+
+    Args:
+        certificate: from the solver.
+        bounds: from `bounds_of_result`.
+        objective: what was minimised.
+    """
+    found = dict(certificate)
+    if not bounds:
+        return found
+    found["bounds"] = [bound.to_document() for bound in bounds]
+    own = {"balance": "imbalance"} | OBJECTIVE_FIGURES
+    for bound in bounds:
+        known = found["lower_bound"]
+        if bound.figure != own.get(objective) or abs(bound.value - found["value"]) > 1e-9:
+            continue
+        if known is None or bound.lower_bound > known or found["bound_of"] != bound.figure:
+            found |= {
+                "bound_of": bound.figure,
+                "lower_bound": bound.lower_bound,
+                "gap": bound.gap,
+            }
+            if bound.gap <= 1e-9 and found["status"] == "feasible":
+                found["status"] = "optimal"
+    return found
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What is proven about a plan on a trace.
+
+    Attributes:
+        tokens, requests: of the trace that were counted.
+        sampled_tokens: of them, that the figures from single tokens (span, messages) are of.
+        bounds: on the plan's figures.
+        seconds: wall-clock time.
+    """
+
+    tokens: int
+    requests: int
+    sampled_tokens: int
+    bounds: tuple[Bound, ...]
+    seconds: float
+
+    def to_document(self) -> dict[str, Any]:
+        """The JSON document of `placer certify`."""
+        return {
+            "format": FORMAT,
+            "schema_version": SCHEMA_VERSION,
+            "tokens": self.tokens,
+            "requests": self.requests,
+            "sampled_tokens": self.sampled_tokens,
+            "bounds": [
+                bound.to_document() | {"seconds": round(bound.seconds, 3)} for bound in self.bounds
+            ],
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def certify_plan(
+    plan: Plan,
+    source: TraceSource,
+    *,
+    seconds: float,
+    figures: Sequence[str] | None = None,
+    phase: str | None = None,
+    progress: Progress = lambda _: None,
+) -> Certificate:
+    """Bound a plan's figures on all tokens of a trace, whoever made the plan.
+
+    Args:
+        plan: of the trace's model.
+        source: the trace.
+        seconds: for the proofs, all together.
+        figures: which; None = all that anything can be proven about.
+        phase: only its tokens.
+        progress: told what is being done.
+
+    Raises:
+        UsageError: another model's trace, or a figure that nothing is known about.
+    """
+    from solvers import Budget
+    from solvers.bounds.certifying import certify, known_figures
+
+    unknown = sorted(set(figures or ()) - set(known_figures()))
+    if unknown:
+        raise UsageError(
+            f"no bound is known for {unknown[0]!r}", f"there are {', '.join(known_figures())}"
+        )
+    layer_ids = tuple(np.unique(source.layer_ids).tolist())
+    placement = plan.placement
+    if layer_ids != plan.layer_ids or source.num_experts != placement.num_experts:
+        raise UsageError(
+            f"{source.name} has {len(layer_ids)} layers x {source.num_experts} experts, the plan "
+            f"{placement.num_layers} x {placement.num_experts}, or other layers",
+            "a plan can be certified only on a trace of its own model",
+        )
+    started = time.perf_counter()
+    part = source.filtered(phase=phase)
+    settings = Settings(
+        num_ranks=placement.num_ranks,
+        num_nodes=placement.num_ranks // placement.ranks_per_node,
+        slots_per_rank=placement.slots_per_rank,
+        dispatch=plan.dispatch,
+        balance_over="trace",
+    )
+    problem = build_problem(part, settings, progress)
+    progress("proving bounds")
+    bounds = certify(problem, placement.physical_to_logical, Budget(seconds), figures)
+    return Certificate(
+        tokens=part.num_tokens,
+        requests=len(part.request_ids()),
+        sampled_tokens=0 if problem.tokens is None else len(problem.tokens),
+        bounds=tuple(bounds),
+        seconds=time.perf_counter() - started,
+    )

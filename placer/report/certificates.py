@@ -1,0 +1,53 @@
+"""Proven bounds for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from placer.report.tables import NAMES, number, plain_table
+
+
+def certificate_table(document: Mapping[str, Any]) -> list[RenderableType]:
+    """What `placer certify` found."""
+    title = (
+        f"[bold]{escape(document['plan'])}[/] on {escape(document['trace'])}: "
+        f"{document['requests']:,} requests, {document['tokens']:,} tokens"
+    )
+    sampled = document["sampled_tokens"]
+    note = (
+        f" Span and messages are of a sample of {sampled:,} tokens."
+        if sampled < document["tokens"]
+        else ""
+    )
+    return [
+        title,
+        bounds_table(document["bounds"]),
+        "[dim]proven: no plan with as many ranks and slots is below the bound on these tokens."
+        f"{note} {document['seconds']:.1f} s[/]",
+    ]
+
+
+def bounds_table(bounds: Sequence[Mapping[str, Any]]) -> Table:
+    """Value, bound and gap of each figure."""
+    table = plain_table()
+    for header in ("figure", "plan", "proven lower bound", "gap at most", "by"):
+        table.add_column(header, no_wrap=True)
+    for bound in bounds:
+        table.add_row(
+            NAMES.get(bound["figure"], bound["figure"].replace("_", " ")),
+            number(bound["value"], 4),
+            number(bound["lower_bound"], 4),
+            gap_percent(bound["gap"]),
+            bound["method"],
+        )
+    return table
+
+
+def gap_percent(gap: float) -> str:
+    """0 for what is exact, else a share in percent."""
+    return "0 (optimal)" if gap <= 1e-9 else f"{100 * gap:.2f} %"
