@@ -7,6 +7,8 @@ from typing import Any
 
 WORTH = 0.05
 """Imbalance, or share of the messages, below which a gain is called small."""
+WORTH_OF_CHANCE = 0.25
+"""With many ranks chance keeps few pairs: so much more than that is worth having."""
 
 
 def verdict(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,7 +78,8 @@ def _from_counts(
             f"{kept['value']:.0%} of the pairs that fire together can share a rank "
             f"({cluster['kept_at_random']:.0%} at random, at most {cluster['kept_bound']:.0%})"
         )
-        if (kept["value"] if kept["low"] is None else kept["low"]) > chance + WORTH:
+        least = kept["value"] if kept["low"] is None else kept["low"]
+        if least - chance > min(WORTH, WORTH_OF_CHANCE * chance):
             gains.append("traffic")
     before, best = (headroom[name]["mean"] for name in ("imbalance_contiguous", "imbalance_bound"))
     if before is not None and best is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -34,7 +35,7 @@ class Store:
 
     def __init__(self, folder: Path, sources: Sequence[TraceSource], settings: Settings) -> None:
         self.folder = folder
-        self._asked = {
+        asked = {
             "inputs": [
                 {
                     "name": source.path.name if source.path else None,
@@ -47,6 +48,7 @@ class Store:
                 name: value for name, value in asdict(settings).items() if name not in _SHAPE
             },
         }
+        self._asked = json.loads(json.dumps(asked))  # as it is read back: tuples are lists
         self._open()
 
     @property
