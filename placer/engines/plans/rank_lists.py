@@ -4,7 +4,7 @@
 
 A list per rank under each layer's real number: what Megatron-Core calls `local_expert_indices`
 (`megatron/core/transformer/moe/moe_layer.py`) and DeepSpeed derives from a rank's number
-(`deepspeed/moe/sharded_moe.py`). Both place experts in order and have no option for another
+(`deepspeed/moe/layer.py`). Both place experts in order and have no option for another
 placement; code that does place them needs these lists. Ranks may hold unequal numbers of experts.
 """
 
