@@ -8,7 +8,7 @@ copies where there are redundant slots. None uses the cap on imbalance, which co
 
 from __future__ import annotations
 
-from solvers.bounds.load import imbalance_bound, rank_load_bound
+from solvers.bounds.load import imbalance_bound, rank_load_bound, scenario_imbalance_bound
 from solvers.bounds.traffic import traffic_bound
 from solvers.bounds.transport import (
     ROUNDING,
@@ -33,6 +33,8 @@ __all__ = [
 def lower_bound(problem: Problem) -> float | None:
     """A bound on the problem's objective; None if there is nothing to prove it on."""
     if problem.objective == "balance":
+        if problem.scenario_load is not None:
+            return scenario_imbalance_bound(problem) * (1 - ROUNDING)
         return imbalance_bound(problem) * (1 - ROUNDING)
     if problem.objective == "affinity":
         return affinity_bound(problem)

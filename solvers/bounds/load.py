@@ -17,23 +17,66 @@ from solvers.problem import Problem
 Floats = NDArray[np.float64]
 
 
-def rank_load_bound(problem: Problem) -> Floats:
-    """[L] load of the busiest rank."""
+def rank_load_bound(problem: Problem, loads: Floats | None = None) -> Floats:
+    """[L] load of the busiest rank, each rank's in units of what is fair for its speed.
+
+    Args:
+        problem: what is to be placed.
+        loads: [L, E] in place of the problem's own.
+    """
+    loads = problem.load if loads is None else loads
     spare = problem.num_slots - problem.num_experts
-    bound: Floats = problem.load.sum(axis=1) / problem.num_ranks
-    for layer, load in enumerate(problem.load):
+    bound: Floats = loads.sum(axis=1) / problem.num_ranks
+    fastest = float(problem.fair_share.max())
+    for layer, load in enumerate(loads):
         if spare:
-            bound[layer] = max(bound[layer], _load_per_copy(load, spare, problem.num_ranks))
+            busiest = _load_per_copy(load, spare, problem.num_ranks)
         else:
-            bound[layer] = max(bound[layer], _pigeonhole(load, problem.num_ranks))
+            busiest = _pigeonhole(load, problem.num_ranks)
+        bound[layer] = max(bound[layer], busiest / fastest)
     return bound
 
 
-def imbalance_bound(problem: Problem) -> float:
+def imbalance_bound(problem: Problem, loads: Floats | None = None) -> float:
     """Mean over layers of max / mean rank load."""
-    mean = problem.load.sum(axis=1) / problem.num_ranks
-    bound = rank_load_bound(problem)
+    loads = problem.load if loads is None else loads
+    mean = loads.sum(axis=1) / problem.num_ranks
+    bound = rank_load_bound(problem, loads)
     return float(np.divide(bound, mean, out=np.ones_like(mean), where=mean > 0).mean())
+
+
+def scenario_imbalance_bound(problem: Problem) -> float:
+    """Imbalance over the scenarios, each workload's counted by `robust`.
+
+    With redundant slots the checker counts the pairs that copies serve where there are any copies,
+    and `scenario_load` otherwise: the lower of the two bounds holds in both cases. However a copied
+    expert's pairs are split, some copy serves an equal share or more.
+    """
+    assert problem.scenario_load is not None
+    bound = _over_scenarios(problem, problem.scenario_load)
+    if problem.num_slots > problem.num_experts and problem.scenario is not None:
+        bound = min(bound, _over_scenarios(problem, _pairs_of_scenarios(problem)))
+    return bound
+
+
+def _over_scenarios(problem: Problem, loads: Floats) -> float:
+    found = np.array([imbalance_bound(problem, load) for load in loads])
+    if problem.workload is None:
+        return float(found.mean())
+    return float(
+        problem.aggregate(np.bincount(problem.workload, found) / np.bincount(problem.workload))
+    )
+
+
+def _pairs_of_scenarios(problem: Problem) -> Floats:
+    """[C, L, E] token-expert pairs of `tokens` in each scenario."""
+    assert problem.tokens is not None
+    assert problem.scenario is not None
+    assert problem.scenario_load is not None
+    pairs = np.zeros(problem.scenario_load.shape)
+    row, layer, column = np.nonzero(problem.tokens >= 0)
+    np.add.at(pairs, (problem.scenario[row], layer, problem.tokens[row, layer, column]), 1.0)
+    return pairs
 
 
 def _pigeonhole(load: Floats, num_ranks: int) -> float:

@@ -28,29 +28,63 @@ Floats = NDArray[np.float64]
 
 
 def traffic_bound(problem: Problem) -> float | None:
-    """Messages of the dispatch + node_weight x node messages."""
+    """Messages of the dispatch + node_weight x node messages, or what they cost by `link_cost`.
+
+    With several workloads: what `robust` makes of their bounds. A message costs at least as much as
+    over the cheapest link.
+    """
     if problem.dispatch == "allgather":
         return problem.num_ranks - 1 + problem.node_weight * (problem.num_nodes - 1)
+    if problem.tokens is None:
+        if problem.coactivation is None:
+            return None
+        return sum(
+            weight * _messages_pairwise(problem, problem.coactivation, groups)
+            for groups, weight in _levels(problem)
+        )
+    levels = _levels(problem)
+    if problem.link_cost is not None:
+        apart = ~np.eye(problem.num_ranks, dtype=bool)
+        levels = [(Groups.ranks(problem), float(problem.link_cost[apart].min(initial=np.inf)))]
+        if problem.num_ranks == 1:
+            return 0.0
+    workload = problem.token_workload
+    found = []
+    for number in range(problem.num_workloads):
+        part = _tokens_of(problem, workload == number)
+        assert part.tokens is not None
+        total = 0.0
+        for layer in range(problem.num_layers):
+            counts = _Counts.of(part.tokens[:, layer, :], problem.num_experts)
+            for groups, weight in levels:
+                total += weight * _messages(part, part.tokens, layer, counts, groups)
+        found.append(total / float(part.tokens.shape[0] * problem.num_layers))
+    return float(problem.aggregate(np.array(found))) if len(found) > 1 else found[0]
+
+
+def _levels(problem: Problem) -> list[tuple[Groups, float]]:
+    """What messages go between, and what each costs."""
     levels = [(Groups.ranks(problem), 1.0)]
     if problem.num_nodes > 1 and problem.node_weight > 0:
         levels.append((Groups.nodes(problem), problem.node_weight))
-    if problem.tokens is not None:
-        if problem.tokens.shape[0] == 0:
-            return 0.0
-        layers = range(problem.num_layers)
-        total = sum(
-            weight * _messages(problem, problem.tokens, layer, counts, groups)
-            for layer in layers
-            for counts in [_Counts.of(problem.tokens[:, layer, :], problem.num_experts)]
-            for groups, weight in levels
-        )
-        return total / float(problem.tokens.shape[0] * problem.num_layers)
-    if problem.coactivation is not None:
-        return sum(
-            weight * _messages_pairwise(problem, problem.coactivation, groups)
-            for groups, weight in levels
-        )
-    return None
+    return levels
+
+
+def _tokens_of(problem: Problem, chosen: NDArray[np.bool_]) -> Problem:
+    """The problem of some of the tokens."""
+    if chosen.all():
+        return problem
+    assert problem.tokens is not None
+    return replace(
+        problem,
+        tokens=problem.tokens[chosen],
+        primary=None if problem.primary is None else problem.primary[chosen],
+        home=None if problem.home is None else problem.home[chosen],
+        batch=None,
+        scenario=None,
+        scenario_load=None,
+        workload=None,
+    )
 
 
 def layer_bounds(problem: Problem, figure: str) -> Floats:

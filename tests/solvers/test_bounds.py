@@ -203,3 +203,47 @@ def test_no_tokens_no_pairs_no_bound():
     problem = Problem(load=np.ones((1, 4)), num_ranks=2, slots_per_rank=2, ranks_per_node=2)
     assert bounds.lower_bound(problem) is None
     assert bounds.lower_bound(replace(problem, objective="balance")) is not None
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=SEEDS,
+    spare=st.integers(0, 1),
+    robust=st.sampled_from(["mean", "worst", "cvar"]),
+    dispatch=st.sampled_from(["alltoall", "coherent"]),
+    workloads=st.sampled_from([None, (0, 0, 0), (0, 1, 0), (2, 0, 1)]),
+    costs=st.booleans(),
+    speeds=st.booleans(),
+)
+def test_bounds_hold_for_scenarios_workloads_link_costs_and_speeds(
+    seed, spare, robust, dispatch, workloads, costs, speeds
+):
+    rng = np.random.default_rng(seed)
+    tokens = topic_tokens(seed, num_tokens=60, num_layers=2, num_experts=8)
+    scenario = np.append(np.arange(3), rng.integers(0, 3, len(tokens) - 3))
+    loads = np.zeros((3, 2, 8))
+    for layer, column in itertools.product(range(2), range(2)):
+        np.add.at(loads, (scenario, layer, tokens[:, layer, column]), rng.integers(1, 3))
+    cost = rng.integers(1, 9, (4, 4)) * (1.0 - np.eye(4))
+    problem = make_problem(
+        tokens,
+        8,
+        4,
+        2 + spare,
+        home=rng.integers(0, 4, len(tokens)) if seed % 3 else None,
+        scenario_load=loads,
+        scenario=scenario,
+        workload=None if workloads is None else np.array(workloads),
+        robust=robust,
+        dispatch=dispatch,
+        link_cost=cost if costs else None,
+        rank_speed=rng.integers(1, 4, 4).astype(float) if speeds else None,
+        latency_load_us=0.25,
+        latency_message_us=1.5,
+    )
+    for goal in ("balance", "traffic", "latency"):
+        asked = replace(problem, objective=goal)
+        bound = bounds.lower_bound(asked)
+        for _ in range(4):
+            placement = random_placement(problem, rng)
+            assert bound <= objective(asked, check(asked, placement)) + 1e-9
