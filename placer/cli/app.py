@@ -74,6 +74,7 @@ def root(
 def _register() -> None:
     from placer.cli import (
         analyze,
+        applying,
         calibrate,
         certify,
         compare,
@@ -92,7 +93,7 @@ def _register() -> None:
 
     for module in (
         demo, tracing, importing, inspecting, analyze, solve, evaluate, certify, compare, sweep,
-        reporting, exporting, model, calibrate, doctor,
+        reporting, exporting, applying, model, calibrate, doctor,
     ):  # fmt: skip
         module.register(app)
 

@@ -20,23 +20,33 @@ class RankContext:
         num_ranks: G.
         ranks_per_node: ranks of one node; node of rank g is g // ranks_per_node.
         local_rank: its number among the ranks of its host, which picks its GPU.
+        local_size: ranks of its host.
         address, port: where rank 0 (or the launcher) keeps the store that ranks meet at.
         serves_store: whether this rank opens the store; else somebody else does.
         timeout_s: how long it waits for another rank before it gives up.
+        attempt: counts how often a launcher has started this group anew.
     """
 
     rank: int
     num_ranks: int
     ranks_per_node: int
     local_rank: int
+    local_size: int
     address: str
     port: int
     serves_store: bool
     timeout_s: float = DEFAULT_TIMEOUT_S
+    attempt: int = 0
 
     @property
     def node(self) -> int:
         return self.rank // self.ranks_per_node
+
+    @property
+    def ranks_of_host(self) -> range:
+        """The ranks of the same host."""
+        first = self.rank - self.local_rank
+        return range(first, first + self.local_size)
 
 
 def is_launched(environment: Mapping[str, str] = os.environ) -> bool:
@@ -74,10 +84,12 @@ def context_from_environment(
         num_ranks=num_ranks,
         ranks_per_node=local_size if ranks_per_node is None else ranks_per_node,
         local_rank=_number(environment, "LOCAL_RANK", rank % local_size),
+        local_size=local_size,
         address=environment["MASTER_ADDR"],
         port=_number(environment, "MASTER_PORT"),
         serves_store=rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
         timeout_s=timeout_s,
+        attempt=_number(environment, "TORCHELASTIC_RESTART_COUNT", 0),
     )
 
 

@@ -38,7 +38,7 @@ def joined(context: RankContext, device: torch.device) -> Iterator[Transport]:
         MeetingError: the store's port is in use or not answered, or a rank did not come in time.
     """
     deadline = time.monotonic() + context.timeout_s
-    store = _open_store(context)
+    store = PrefixStore(f"placer/{context.attempt}", _open_store(context))
     _await_everybody(context, store, deadline)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if backend == "gloo":
@@ -46,7 +46,7 @@ def joined(context: RankContext, device: torch.device) -> Iterator[Transport]:
     try:
         dist.init_process_group(
             backend,
-            store=PrefixStore("placer/group", store),
+            store=PrefixStore("group", store),
             rank=context.rank,
             world_size=context.num_ranks,
             timeout=datetime.timedelta(seconds=context.timeout_s),
@@ -107,8 +107,8 @@ def _open_store(context: RankContext) -> Any:
 
 def _await_everybody(context: RankContext, store: Any, deadline: float) -> None:
     """Wait for every rank's sign of life, and name those that did not give one."""
-    store.set(f"placer/here/{context.rank}", b"1")
-    keys = [f"placer/here/{rank}" for rank in range(context.num_ranks)]
+    store.set(f"here/{context.rank}", b"1")
+    keys = [f"here/{rank}" for rank in range(context.num_ranks)]
     try:
         store.wait(keys, datetime.timedelta(seconds=max(0.001, deadline - time.monotonic())))
     except RuntimeError:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from placer.errors import UsageError
 from placer.placement import Placement
 from placer.plan import Dispatch
 from placer.runtime.checkpoint import open_checkpoint
+from placer.runtime.checksums import verify
 from placer.runtime.context import RankContext
 from placer.runtime.counters import Counters
 from placer.runtime.engine import Engine
@@ -53,12 +54,14 @@ class RankModel:
 
     Attributes:
         memory: what loading took.
+        num_checked: slots of all ranks whose checksums were right; None when not asked for.
         generator: generates.
         counters: what was sent and how long it took; `reset()` it after a warm-up.
         recorder: which experts tokens took, where that was asked for.
     """
 
     memory: LoadMemory
+    num_checked: int | None
     generator: Generator
     counters: Counters
     recorder: Recorder | None
@@ -72,6 +75,7 @@ def load_rank_model(
     *,
     deduplicate_nodes: bool = False,
     record: bool = False,
+    check: bool = False,
 ) -> RankModel:
     """Load this rank's share and make it part of the group.
 
@@ -82,22 +86,47 @@ def load_rank_model(
         dispatch: how tokens travel.
         deduplicate_nodes: under `alltoall`, one copy of a token per other node.
         record: keep which experts tokens took.
+        check: prove by checksums that every slot of every rank holds the expert that it should.
+
+    Raises:
+        WrongExpertError: one does not.
     """
     model, memory = load_share(
         source.layout, source.mapping, placement, transport.rank, transport.device
     )
+    num_checked = None
+    if check:
+        stacks = [model.get_submodule(layer.experts) for layer in source.layout.layers]
+        num_checked = verify(source.layout, source.mapping, placement, stacks, transport)
     recorder = Recorder() if record else None
     engine = Engine(
         source.layout, model, placement, transport,
         deduplicate_nodes=deduplicate_nodes, recorder=recorder,
     )  # fmt: skip
-    return RankModel(memory, Generator(engine, dispatch), engine.counters, recorder)
+    generator = Generator(engine, dispatch)
+    return RankModel(memory, num_checked, generator, engine.counters, recorder)
 
 
-def device_of(context: RankContext) -> torch.device:
-    """This rank's GPU where there are some and PLACER_DEVICE does not say cpu, else the CPU."""
-    if torch.cuda.is_available() and os.environ.get("PLACER_DEVICE") != "cpu":
-        device = torch.device("cuda", context.local_rank % torch.cuda.device_count())
+def device_of(context: RankContext, wanted: str = "auto") -> torch.device:
+    """Where a rank's weights go.
+
+    Args:
+        context: who the rank is.
+        wanted: "cpu", "cuda", or "auto": a GPU of its own if its host has enough, else the CPU.
+
+    Raises:
+        UsageError: GPUs are asked for, and the host has fewer than ranks.
+    """
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"device is {wanted!r}", "use auto, cpu or cuda")
+    num_gpus = torch.cuda.device_count() if wanted != "cpu" else 0
+    if num_gpus >= context.local_size:
+        device = torch.device("cuda", context.local_rank)
         torch.cuda.set_device(device)
         return device
+    if wanted == "cuda":
+        raise UsageError(
+            f"{context.local_size} ranks share a host with {num_gpus} GPUs; each needs its own",
+            "run on more hosts, or with --device cpu",
+        )
     return torch.device("cpu")

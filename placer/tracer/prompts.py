@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from placer.errors import BadFileError
+from placer.errors import BadFileError, PlacerError, UsageError
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,31 @@ def read_prompts(path: Path | str) -> list[Prompt]:
         raise BadFileError(f"{path} holds no prompts", "put a prompt on each line")
     _check_requests(prompts, path)
     return [prompt for _, prompt in prompts]
+
+
+def prompt_tokens(prompt: Prompt, tokenizer: Any, i: int) -> list[int]:
+    """Token ids of a prompt, number `i` counting from 0.
+
+    Raises:
+        PlacerError: the tokenizer's chat template fails.
+        UsageError: the prompt has no tokens.
+    """
+    if prompt.messages is not None:
+        try:
+            text = tokenizer.apply_chat_template(
+                list(prompt.messages), tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # a template is a program, and may raise anything
+            raise PlacerError(
+                f"the chat template cannot be applied to prompt {i + 1}: {error}",
+                "give prompts as plain text, or a tokenizer with a chat template",
+            ) from error
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        tokens = tokenizer(prompt.text)["input_ids"]
+    if not tokens:
+        raise UsageError(f"prompt {i + 1} has no tokens", "leave it out")
+    return list(tokens)
 
 
 def _read_text(line: str, where: str) -> Prompt:

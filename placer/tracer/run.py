@@ -16,7 +16,7 @@ from torch import Tensor
 
 from placer.errors import PlacerError, UsageError
 from placer.tracer.loading import Loaded, load_model
-from placer.tracer.prompts import Prompt
+from placer.tracer.prompts import Prompt, prompt_tokens
 from placer.tracer.tracer import Tracer, capture
 
 
@@ -224,7 +224,7 @@ def _number(
     """Prompts as tokens, by increasing length so that a batch needs little padding."""
     found = []
     for i, prompt in enumerate(prompts):
-        tokens = _tokens(prompt, loaded, i)
+        tokens = prompt_tokens(prompt, loaded.tokenizer, i)
         if max_prompt_tokens is not None:
             tokens = tokens[:max_prompt_tokens]
         number = i if prompt.request is None else prompt.request
@@ -238,26 +238,6 @@ def _number(
             )
         seen.add(request.number)
     return sorted(found, key=lambda request: len(request.tokens))
-
-
-def _tokens(prompt: Prompt, loaded: Loaded, i: int) -> list[int]:
-    tokenizer = loaded.tokenizer
-    if prompt.messages is not None:
-        try:
-            text = tokenizer.apply_chat_template(
-                list(prompt.messages), tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # a template is a program, and may raise anything
-            raise PlacerError(
-                f"the chat template cannot be applied to prompt {i + 1}: {error}",
-                "give prompts as plain text, or a tokenizer with a chat template",
-            ) from error
-        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-    else:
-        tokens = tokenizer(prompt.text)["input_ids"]
-    if not tokens:
-        raise UsageError(f"prompt {i + 1} has no tokens", "leave it out")
-    return list(tokens)
 
 
 def _pad(rows: Sequence[list[int]], loaded: Loaded) -> tuple[Tensor, Tensor]:
