@@ -15,6 +15,8 @@ from placer.errors import BadFileError, PlacerError, UsageError
 from placer.tracer.layers import choose_group
 from placer.tracer.structure import find_stacks, parent_of
 
+_HINT = "is it complete, and a model that this version of transformers knows?"
+
 
 @dataclass(frozen=True)
 class MoeLayer:
@@ -83,7 +85,7 @@ def read_layout(folder: Path, dtype: str = "auto") -> ModelLayout:
         config = transformers.AutoConfig.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError, TypeError) as error:
         first = (str(error).strip() or repr(error)).splitlines()[0]
-        raise BadFileError(f"{folder / 'config.json'} cannot be used: {first}") from None
+        raise BadFileError(f"{folder / 'config.json'} cannot be used: {first}", _HINT) from None
     if getattr(config, "quantization_config", None) is not None:
         raise PlacerError(
             f"{folder} holds quantised weights, which the runtime does not read",
@@ -98,7 +100,7 @@ def read_layout(folder: Path, dtype: str = "auto") -> ModelLayout:
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=wanted)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         first = (str(error).strip() or repr(error)).splitlines()[0]
-        raise BadFileError(f"{folder / 'config.json'} describes no model: {first}") from None
+        raise BadFileError(f"{folder / 'config.json'} describes no model: {first}", _HINT) from None
     return layout_of(model.eval(), wanted)
 
 
@@ -107,7 +109,10 @@ def layout_of(model: Any, dtype: torch.dtype) -> ModelLayout:
     what = type(model).__name__
     stacks = {stack.name: stack for stack in find_stacks(model)}
     if not stacks:
-        raise PlacerError(f"{what} has no mixture-of-experts layers that could be found")
+        raise PlacerError(
+            f"{what} has no mixture-of-experts layers that could be found",
+            "a dense model has no experts to place",
+        )
     group, _ = choose_group(list(stacks), None)
     chosen = [stacks[name] for name in group.names]
     for stack in chosen:

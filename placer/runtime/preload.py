@@ -1,7 +1,11 @@
 """What the fork server loads once for all ranks that it starts."""
 
-import torch.distributed  # noqa: F401
-import transformers  # noqa: F401
-from transformers import AutoModelForCausalLM, DynamicCache  # noqa: F401
+import importlib
 
-import placer.runtime.generate  # noqa: F401
+for _name in (
+    "torch.distributed",
+    "transformers.models.mixtral.modeling_mixtral",  # what all models' files import takes longest
+    "placer.cost.serving_kernels",
+    "placer.runtime.rank",
+):
+    importlib.import_module(_name)

@@ -15,14 +15,15 @@ from placer.runtime.launch import launch
 from placer.runtime.recording import merge
 from placer.trace import DECODE, PREFILL, ModelDims, Trace
 
-from .models import HOMES, PROMPTS, Reference
+from .models import HOMES, NEW_TOKENS, PROMPTS, Reference
 from .plans import make_placement
 from .work import Case, Ran, run_cases
 
 NUM_RANKS, NODE = 4, 2
+NUM_TOKENS = sum(map(len, PROMPTS)) + (NEW_TOKENS - 1) * len(PROMPTS)  # in one layer
 WAYS = [
     (kind, dispatch, by_node)
-    for kind in ("random", "replicas", "unequal")
+    for kind in ("replicas", "unequal")
     for dispatch, by_node in (("alltoall", False), ("alltoall", True), ("coherent", False))
 ]
 
@@ -79,7 +80,7 @@ def runs(models):
 def test_messages_bytes_and_pairs_are_those_of_the_replay(runs, number):
     reference, case, ranks = runs[number]
     trace = trace_of(reference, ranks)
-    assert trace.num_tokens == sum(map(len, PROMPTS)) + 3 * len(PROMPTS)
+    assert trace.num_tokens == NUM_TOKENS
     sent = np.zeros((trace.num_layers, 2, NUM_RANKS, NUM_RANKS), np.int64)
     pairs = np.zeros((trace.num_layers, NUM_RANKS), np.int64)
     for phase, dispatch in ((PREFILL, "alltoall"), (DECODE, case.dispatch)):
@@ -98,7 +99,7 @@ def test_messages_bytes_and_pairs_are_those_of_the_replay(runs, number):
 
 def test_one_expert_per_token_takes_one_exchange_per_layer_when_tokens_move(runs):
     reference, _, ranks = runs[len(WAYS)]
-    num_layers, passes = len(reference.layout.layers), 4
+    num_layers, passes = len(reference.layout.layers), NEW_TOKENS
     for ran in ranks:
         # prefill runs at home, there and back; then one exchange per layer and decode pass
         assert ran.counters["collectives"] == {
@@ -109,13 +110,16 @@ def test_one_expert_per_token_takes_one_exchange_per_layer_when_tokens_move(runs
 
 def test_tokens_that_stay_take_two_exchanges_per_layer(runs):
     reference, _, ranks = runs[len(WAYS) + 1]
-    expected = {"all_to_all": 2 * 4 * len(reference.layout.layers), "all_gather": 4}
+    expected = {
+        "all_to_all": 2 * NEW_TOKENS * len(reference.layout.layers),
+        "all_gather": NEW_TOKENS,
+    }
     assert all(ran.counters["collectives"] == expected for ran in ranks)
 
 
 def test_an_all_gather_brings_every_token_to_every_node_once(runs):
     reference, _, ranks = runs[len(WAYS) + 2]
-    num_tokens = (sum(map(len, PROMPTS)) + 3 * len(PROMPTS)) * len(reference.layout.layers)
+    num_tokens = (NUM_TOKENS) * len(reference.layout.layers)
     nodes = NUM_RANKS // NODE
     total = sum(ran.messages for ran in ranks).sum(axis=0)
     for way in range(2):
@@ -127,12 +131,12 @@ def test_an_all_gather_brings_every_token_to_every_node_once(runs):
 
 def test_keys_and_values_are_sent_to_every_node_once_and_on_to_every_rank(runs):
     """Coherent dispatch: each token's keys and values reach all other ranks."""
-    reference, case, ranks = runs[WAYS.index(("random", "coherent", False))]
+    reference, case, ranks = runs[WAYS.index(("unequal", "coherent", False))]
     assert case.dispatch == "coherent"
     config = reference.layout.model.config
     width = config.hidden_size // config.num_attention_heads
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * width * 4
-    num_tokens = sum(map(len, PROMPTS)) + 3 * len(PROMPTS)
+    num_tokens = NUM_TOKENS
     across = sum(ran.counters["kv_bytes"]["other_node"] for ran in ranks)
     within = sum(ran.counters["kv_bytes"]["same_node"] for ran in ranks)
     assert across == token * num_tokens

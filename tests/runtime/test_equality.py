@@ -9,7 +9,7 @@ import pytest
 
 from placer.runtime.launch import launch
 
-from .models import FAMILIES, PROMPTS, Models, Reference
+from .models import FAMILIES, NEW_TOKENS, PROMPTS, Models, Reference
 from .plans import KINDS, make_placement
 from .work import Case, Ran, run_cases
 
@@ -32,7 +32,7 @@ def check_equal(reference: Reference, case: Case, ranks: list[Ran]) -> None:
         assert ran.tokens == reference.tokens, what
         assert not seen.keys() & ran.logits.keys(), what
         seen |= ran.logits
-    assert set(seen) == set(itertools.product(range(len(PROMPTS)), range(4))), what
+    assert set(seen) == set(itertools.product(range(len(PROMPTS)), range(NEW_TOKENS))), what
     worst = max(
         float(np.abs(value - reference.logits[key].numpy()).max()) for key, value in seen.items()
     )
@@ -73,7 +73,7 @@ def test_one_and_two_ranks(models, num_ranks):
 
 
 def test_the_shipped_model_on_four_ranks(models):
-    run_all(models, [("shipped", "replicas", *way) for way in DISPATCHES], 4, 2)
+    run_all(models, [("shipped", "replicas", *way) for way in DISPATCHES[1:3]], 4, 2)
 
 
 @pytest.mark.slow

@@ -60,15 +60,15 @@ def test_a_killed_rank_is_named_and_the_others_end(plain, pids):
 
 def test_a_rank_that_does_not_answer_is_named_with_the_layer(plain, pids):
     arguments = (pids, plain.folder, placement_of(plain, 2), 1, signal.SIGSTOP)
-    error = failure_of(PeerLostError, faulty.signal_in_a_layer, 2, *arguments, timeout_s=3)
+    error = failure_of(PeerLostError, faulty.signal_in_a_layer, 2, *arguments, timeout_s=8)
     assert error.message == (
-        "rank 0: rank 1 did not answer within 3 s during the combine of MoE layer 2"
+        "rank 0: rank 1 did not answer within 8 s during the combine of MoE layer 2"
     )
 
 
 def test_a_rank_that_never_comes_is_named(pids):
-    error = failure_of(MeetingError, faulty.expect_one_more, 2, pids, timeout_s=2)
-    assert error.message.endswith("rank 2 did not come within 2 s")
+    error = failure_of(MeetingError, faulty.expect_one_more, 2, pids, timeout_s=8)
+    assert error.message.endswith("rank 2 did not come within 8 s")
     assert error.hint
 
 
@@ -105,8 +105,8 @@ def test_a_bug_on_one_rank_is_named(pids):
 
 def test_ranks_are_ended_when_the_time_is_up(pids):
     # long enough for both to have started
-    error = failure_of(TimeLimitError, faulty.hang, 2, pids, time_limit_s=5)
-    assert error.message == "the ranks did not end within 5 s"
+    error = failure_of(TimeLimitError, faulty.hang, 2, pids, time_limit_s=10)
+    assert error.message == "the ranks did not end within 10 s"
 
 
 @pytest.mark.slow
@@ -152,7 +152,7 @@ def sharded(reference, folder: Path) -> Path:
 def test_a_sharded_checkpoint_is_read_and_what_it_lacks_is_named(plain, tmp_path):
     whole = sharded(plain, tmp_path / "whole")
     placement = placement_of(plain, 2)
-    assert launch(faulty.load, 2, (whole, placement)) == [32, 32]
+    assert launch(faulty.load, 2, (whole, placement)) == [24, 24]
     shard = sorted(whole.glob("*.safetensors"))[1]
 
     def damaged(name: str) -> tuple[Path, Path]:
@@ -182,4 +182,4 @@ def test_checksums_find_experts_in_the_wrong_slots(plain):
         error.message
     )
     assert f"those of expert {expert}," in error.message
-    assert "2 of 32 slots are wrong" in error.message
+    assert "2 of 24 slots are wrong" in error.message
