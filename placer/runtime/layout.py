@@ -107,7 +107,8 @@ def read_layout(folder: Path, dtype: str = "auto") -> ModelLayout:
 def layout_of(model: Any, dtype: torch.dtype) -> ModelLayout:
     """Find the MoE layers of a model by the shapes of its parameters."""
     what = type(model).__name__
-    stacks = {stack.name: stack for stack in find_stacks(model)}
+    # in a dense model, the list of decoder layers is the only list of like modules
+    stacks = {s.name: s for s in find_stacks(model) if any(map(str.isdigit, s.name.split(".")))}
     if not stacks:
         raise PlacerError(
             f"{what} has no mixture-of-experts layers that could be found",
