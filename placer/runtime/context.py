@@ -20,9 +20,9 @@ class RankContext:
         num_ranks: G.
         ranks_per_node: ranks of one node; node of rank g is g // ranks_per_node.
         local_rank: its number among the ranks of its host, which picks its GPU.
-        local_size: ranks of its host.
         address, port: where rank 0 (or the launcher) keeps the store that ranks meet at.
         serves_store: whether this rank opens the store; else somebody else does.
+        local_size: ranks of its host.
         timeout_s: how long it waits for another rank before it gives up.
         attempt: counts how often a launcher has started this group anew.
     """
@@ -31,10 +31,10 @@ class RankContext:
     num_ranks: int
     ranks_per_node: int
     local_rank: int
-    local_size: int
     address: str
     port: int
     serves_store: bool
+    local_size: int = 1
     timeout_s: float = DEFAULT_TIMEOUT_S
     attempt: int = 0
 

@@ -83,8 +83,8 @@ def launch(
     try:
         for rank in range(num_ranks):
             where = RankContext(
-                rank, num_ranks, ranks_per_node or num_ranks, rank, num_ranks, "127.0.0.1",
-                store.port, serves_store=False, timeout_s=timeout_s,
+                rank, num_ranks, ranks_per_node or num_ranks, rank, "127.0.0.1", store.port,
+                serves_store=False, local_size=num_ranks, timeout_s=timeout_s,
             )  # fmt: skip
             ours, theirs = context.Pipe()
             process = context.Process(
