@@ -43,7 +43,9 @@ def replayed(case: Case, trace: Trace, dispatch: str) -> tuple[np.ndarray, np.nd
     """[L, 2, G, G] hidden states by way, sender and receiver; [L, G] pairs."""
     server = Server(case.placement, dispatch, "local")
     home = home_ranks(trace, case.placement.num_ranks)
-    setting = Setting(trace, home, server, dispatch, case.by_node, NUM_RANKS, True)
+    setting = Setting(
+        trace, home, server, dispatch, case.by_node, NUM_RANKS, True, increments=np.zeros(0)
+    )
     counts = list(count_batches(setting, recorded_passes(trace)))
     return (
         sum(c.pairs_of_ranks.sum(axis=0, dtype=np.int64) for c in counts),
