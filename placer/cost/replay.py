@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 
@@ -119,17 +120,21 @@ def replay(
     second = _Pass(placement, other, replica_policy, ignore_home) if split else None
     kept: list[Trace] = []
     num_kept = 0
-    for chunk in chain([first], chunks):
-        if (chunk.step is not None) != by_step:
-            raise UsageError("some chunks of this trace record forward passes and others do not")
-        for run in (main, second):
-            if run is not None:
-                run.add(chunk, batch_tokens)
-        room = _MIXED_TOKENS - num_kept
-        if mixed_batches and room > 0:
-            fits = chunk.num_tokens <= room
-            kept.append(chunk if fits else chunk.select(np.arange(chunk.num_tokens) < room))
-            num_kept += kept[-1].num_tokens
+    with ThreadPoolExecutor(1) as beside:  # the kernels need no GIL
+        for chunk in chain([first], chunks):
+            if (chunk.step is not None) != by_step:
+                raise UsageError(
+                    "some chunks of this trace record forward passes and others do not"
+                )
+            other_half = beside.submit(second.add, chunk, batch_tokens) if second else None
+            main.add(chunk, batch_tokens)
+            if other_half is not None:
+                other_half.result()
+            room = _MIXED_TOKENS - num_kept
+            if mixed_batches and room > 0:
+                fits = chunk.num_tokens <= room
+                kept.append(chunk if fits else chunk.select(np.arange(chunk.num_tokens) < room))
+                num_kept += kept[-1].num_tokens
     sums = main.sums
     if second is not None:
         sums = sums.copy()

@@ -43,6 +43,7 @@ class StepTime:
     Attributes:
         dispatch: the dispatch model.
         how: how the batches were made, in words.
+        compute_by: "measured curve" or "roofline", what the experts' computation is priced by.
         micro_batches: M, 1 = communication and computation take turns.
         num_tokens: [N] tokens of each batch.
         dispatch_us, combine_us: [N] transfers to the experts and back, latency included; None
@@ -62,6 +63,7 @@ class StepTime:
 
     dispatch: Dispatch
     how: str
+    compute_by: str
     micro_batches: int
     num_tokens: NDArray[np.int64]
     dispatch_us: Times | None
@@ -111,6 +113,7 @@ class StepTime:
             "batches": self.how,
             "num_batches": int(self.num_tokens.size),
             "tokens_per_batch": float(self.num_tokens.mean()) if self.num_tokens.size else None,
+            "compute_by": self.compute_by,
             "micro_batches": self.micro_batches,
             "missing": list(self.missing),
             "total_us": None if total is None else float(total.mean()),
@@ -235,6 +238,7 @@ def _assembled(
     return StepTime(
         dispatch=dispatch,
         how=batching.how,
+        compute_by="measured curve" if pricing.increments.size else "roofline",
         micro_batches=num_micro_batches,
         num_tokens=np.diff(batching.starts),
         total_us=None if pricing.unknown else total + sums["kv_us"],

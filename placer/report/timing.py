@@ -19,7 +19,8 @@ def timing_table(document: Mapping[str, Any]) -> list[RenderableType]:
     table = plain_table(
         f"modelled step time on {escape(document['cluster'])}, MoE layers only, microseconds "
         f"({first['num_batches']:,} batches: {first['batches']})",
-        "shares of the work; imbalance: what the busiest rank computes beyond the mean"
+        "shares of the work; imbalance: what the busiest rank computes beyond the mean; "
+        f"computation by {first['compute_by']}"
         + (f"; {first['micro_batches']} micro-batches overlap" if overlap else ""),
     )
     headers = ["placement", "mean", "p50", "p95", "p99", "transfer", "latency", "compute"]

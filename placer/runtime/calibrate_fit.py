@@ -207,7 +207,7 @@ def curve_points(
     slots: int, pairs: NDArray[np.int64], work_us: Floats, fixed_us: float
 ) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """Numbers of pairs, and the time of one expert with as many; not decreasing."""
-    each = np.maximum(0.0, work_us - fixed_us) / slots
+    each = np.maximum(_LEAST_WORK * work_us, work_us - fixed_us) / slots
     return tuple(pairs.tolist()), tuple(np.maximum.accumulate(each).tolist())
 
 

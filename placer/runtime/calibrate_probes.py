@@ -178,7 +178,7 @@ def span_of_nodes(times: NDArray[np.float64], ranks_per_node: int) -> NDArray[np
         times: [G, ..., 2] begin and end of each rank by its host's clock, NaN of those at rest.
         ranks_per_node: ranks with one clock.
     """
-    of_nodes = times.reshape(-1, ranks_per_node, *times.shape[1:])
+    of_nodes = times.reshape(len(times) // ranks_per_node, ranks_per_node, *times.shape[1:])
     busy = ~np.isnan(of_nodes[..., 0]).all(axis=1)
     begins = np.where(np.isnan(of_nodes[..., 0]), np.inf, of_nodes[..., 0]).min(axis=1)
     ends = np.where(np.isnan(of_nodes[..., 1]), -np.inf, of_nodes[..., 1]).max(axis=1)

@@ -94,6 +94,7 @@ def test_every_part_agrees_with_the_reference(
         policy=policy, batch_tokens=17, mixed=mixed, tokens_per_rank=per_rank, parts=micro,
     )  # fmt: skip
     assert found.missing == ()
+    assert found.compute_by == ("measured curve" if kind == "curve" else "roofline")
     assert found.num_tokens.size == len(expected) > 0
     for part in PARTS:
         values = [batch[part] for batch in expected]

@@ -137,6 +137,15 @@ def test_a_node_takes_from_its_first_begin_to_its_last_end():
     times = np.array([[[1.0, 3.0]], [[2.0, 5.0]], [[10.0, 11.0]], [[nan, nan]]])
     assert span_of_nodes(times, 2).tolist() == [4.0]
     assert span_of_nodes(times[2:], 2).tolist() == [1.0]
+    assert span_of_nodes(times[:, :0], 2).shape == (0,)  # nothing was computed
+
+
+def test_links_alone_can_be_measured_without_a_model():
+    cluster = calibrate(None, 2, hidden_size=256, repeats=3).cluster
+    assert cluster.flops is None is cluster.hbm_gbps
+    assert cluster.curve_pairs == ()
+    assert cluster.intra_node_latency_us > 0 < cluster.intra_node_gbps
+    assert "1,024-byte states" in cluster.source
 
 
 def test_what_cannot_be_measured_is_refused():
