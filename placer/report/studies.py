@@ -103,11 +103,12 @@ def _matrix(
     """Parts x plans: change of the headline figure, or imbalance."""
     table = plain_table()
     table.add_column("judged on \\ fitted to", no_wrap=True)
-    for plan in rows[0]["plans"]:
+    first = 0 if headline is None else 1  # contiguous placement does not differ from itself
+    for plan in rows[0]["plans"][first:]:
         table.add_column(_short(plan["fitted_to"], 10), no_wrap=True)
     for row in rows:
         cells = [_short(row["judged_on"], 20)]
-        for plan in row["plans"]:
+        for plan in row["plans"][first:]:
             if headline is None:
                 text = number(plan["figures"]["imbalance"]["value"], 2)
             else:
