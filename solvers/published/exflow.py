@@ -67,7 +67,7 @@ MAX_IMPLICATIONS: dict[Backend, int] = {
     "scip": 11_000,
     "cbc": 11_000,
 }
-EFFORT = 10.0
+EFFORT = 3.0
 _SOURCE = "ExFlow (arXiv 2401.08383)"
 
 Split = Callable[[Sequence[int]], list[Sequence[int]]]

@@ -134,10 +134,10 @@ class CoClustering:
             moved = 0
             for index in np.argsort(least, kind="stable"):
                 token, rank = movers[index], empty[target[index]]
+                if size[homes[token]] <= fair or size[rank] >= fair:
+                    continue
                 gain = self._balance_gain(size[homes[token]], size[rank], fair)
                 if least[index] * (1 - THETA) >= gain * THETA:
-                    break
-                if size[homes[token]] <= fair or size[rank] >= fair:
                     continue
                 size[homes[token]] -= 1
                 size[rank] += 1

@@ -36,6 +36,16 @@ def test_a_full_rank_gives_up_the_tokens_that_lose_least():
     assert clustering.place_tokens(met).tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
 
 
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), num_tokens=st.integers(1, 60), num_ranks=st.integers(1, 5))
+def test_homes_are_even_since_balance_is_worth_more_than_any_token(seed, num_tokens, num_ranks):
+    """Leaving a full rank for an emptier one brings 2; no token has more than 1 to lose."""
+    clustering = CoClustering(np.zeros((num_tokens, 1, 1), np.int64), num_ranks, num_ranks)
+    met = np.random.default_rng(seed).dirichlet(np.full(num_ranks, 0.2), num_tokens)
+    size = np.bincount(clustering.place_tokens(met), minlength=num_ranks)
+    assert size.max() - size.min() <= 1
+
+
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_each_half_of_the_alternation_is_best_for_the_other(seed):
