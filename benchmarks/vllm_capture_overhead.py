@@ -1,24 +1,23 @@
-"""What tracing adds to vLLM's steps: processor time with and without the plugin, on a CPU.
+"""What tracing adds to vLLM's steps: processor time with recording on and off in turn, on a CPU.
 
     make test-vllm                                  # sets up .venv-vllm
     .venv-vllm/bin/python benchmarks/vllm_capture_overhead.py
 
-Each run is a process of its own with the whole engine in it; runs alternate. The model is a random
-Qwen3-MoE, made on the spot. Elsewhere than in .venv-vllm it says so and ends.
+One process holds the whole engine and a random Qwen3-MoE, made on the spot; rounds with the recorder
+awake and asleep alternate, so that a busy machine disturbs both alike. Asleep, a router still
+passes its ids through the plugin's operator. Elsewhere than in .venv-vllm it says so and ends.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
-import subprocess
-import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
-REPEATS = 5
-MODES = {"plain": {}, "traced": {}, "traced, with weights": {"PLACER_TRACE_WEIGHTS": "1"}}
+PAIRS = 15
 MODEL = {
     "vocab_size": 2048,
     "hidden_size": 512,
@@ -33,6 +32,7 @@ MODEL = {
     "max_position_embeddings": 1024,
     "eos_token_id": 0,
 }
+BATCH, PROMPT, DECODED = 8, 200, 33
 
 
 def make_model(folder: Path) -> None:
@@ -43,84 +43,70 @@ def make_model(folder: Path) -> None:
     Qwen3MoeForCausalLM(Qwen3MoeConfig(**MODEL)).to(torch.bfloat16).save_pretrained(folder)
 
 
-def run_engine(model: str) -> None:
-    """In a process of its own: print seconds of processor time per prefilled and decoded token."""
-    import time
-
-    from vllm import LLM, SamplingParams
+def start_engine(model: Path) -> tuple[Any, Any]:
+    """The engine, and the recorder inside it."""
+    from vllm import LLM
 
     llm = LLM(
-        model,
+        str(model),
         skip_tokenizer_init=True,
         enforce_eager=True,
         max_model_len=512,
-        max_num_seqs=8,
+        max_num_seqs=BATCH,
         distributed_executor_backend="uni",
         enable_prefix_caching=False,
     )
-    prompts = [{"prompt_token_ids": [(7 * i + j) % 2048 for j in range(200)]} for i in range(8)]
-
-    def seconds(tokens: int) -> float:
-        sampling = SamplingParams(
-            temperature=0, ignore_eos=True, max_tokens=tokens, detokenize=False
-        )
-        before = time.process_time()
-        llm.generate(prompts, sampling, use_tqdm=False)
-        return time.process_time() - before
-
-    seconds(8)
-    prefill = seconds(1)
-    both = seconds(65)
-    print("RESULT", json.dumps({"prefill": prefill / 1600, "decode": (both - prefill) / 512}))
-
-
-def measure(model: Path, mode: str, folder: Path) -> dict[str, float]:
-    environment = {
-        **os.environ,
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "OMP_NUM_THREADS": "1",
-        **MODES[mode],
-    }
-    environment.pop("PLACER_TRACE_DIR", None)
-    if mode != "plain":
-        environment["PLACER_TRACE_DIR"] = str(folder)
-    done = subprocess.run(
-        [sys.executable, __file__, str(model)], env=environment, capture_output=True, text=True
-    )
-    for line in done.stdout.splitlines():
-        if line.startswith("RESULT"):
-            found: dict[str, float] = json.loads(line.removeprefix("RESULT"))
-            return found
-    raise SystemExit(done.stderr[-2000:])
+    executor = llm.llm_engine.engine_core.engine_core.model_executor
+    return llm, executor.driver_worker.placer_recorder
 
 
 def main() -> None:
     if importlib.util.find_spec("vllm") is None:
         print("vLLM is not installed here: run this with .venv-vllm/bin/python")
         return
-    if len(sys.argv) > 1:
-        run_engine(sys.argv[1])
-        return
+    os.environ |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     import numpy as np
 
-    runs: dict[str, list[dict[str, float]]] = {mode: [] for mode in MODES}
     with tempfile.TemporaryDirectory() as name:
+        os.environ["PLACER_TRACE_DIR"] = str(Path(name) / "trace")
         make_model(Path(name) / "model")
-        for repeat in range(REPEATS):
-            for mode in MODES:
-                folder = Path(name) / f"trace-{repeat}-{len(mode)}"
-                runs[mode].append(measure(Path(name) / "model", mode, folder))
-    for part in ("prefill", "decode"):
-        plain = np.array([run[part] for run in runs["plain"]])
-        for mode, found in runs.items():
-            us = np.array([run[part] for run in found]) * 1e6
-            change = us / (plain * 1e6) - 1
-            print(
-                f"{part:8} {mode:22} {np.median(us):8.1f} us a token"
-                f"   {100 * np.median(change):+5.1f} % (each pair: "
-                f"{', '.join(f'{100 * one:+.1f}' for one in change)})"
+        from vllm import SamplingParams
+
+        llm, recorder = start_engine(Path(name) / "model")
+        prompts = [
+            {"prompt_token_ids": [(7 * i + j) % 2048 for j in range(PROMPT)]} for i in range(BATCH)
+        ]
+
+        def seconds(tokens: int, awake: bool) -> float:
+            recorder._serving = recorder._buffers.active = awake
+            sampling = SamplingParams(
+                temperature=0, ignore_eos=True, max_tokens=tokens, detokenize=False
             )
+            before = time.process_time()
+            llm.generate(prompts, sampling, use_tqdm=False)
+            return time.process_time() - before
+
+        for awake in (True, False):
+            seconds(4, awake)
+        found = {}
+        for part, tokens in (("prefill", 1), ("decode", DECODED)):
+            found[part] = np.array(
+                [[seconds(tokens, awake) for awake in (True, False)] for _ in range(PAIRS)]
+            )
+        recorder.close()
+    rng = np.random.default_rng(0)
+    for part, times in found.items():
+        change = 100 * (times[:, 0] / times[:, 1] - 1)
+        drawn = np.median(rng.choice(change, (2000, PAIRS)), axis=1)
+        low, high = np.percentile(drawn, [2.5, 97.5])
+        print(
+            f"{part:8} {1e3 * np.median(times[:, 1]):7.1f} ms asleep; recording adds "
+            f"{np.median(change):+.1f} % (95 %: {low:+.1f} to {high:+.1f}, {PAIRS} pairs)"
+        )
 
 
 if __name__ == "__main__":

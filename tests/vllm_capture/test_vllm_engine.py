@@ -190,6 +190,23 @@ def test_preempted_requests_are_traced_again_where_they_are_computed_again(tmp_p
     assert len(np.unique(pairs, axis=0)) < len(pairs)
 
 
+def test_of_tensor_parallel_ranks_one_writes(tmp_path):
+    traced = run_engine(
+        tmp_path / "run",
+        tmp_path / "trace",
+        rounds=[PROMPTS[:2]],
+        engine={"tensor_parallel_size": 2},
+        VLLM_CPU_OMP_THREADS_BIND="nobind",
+    )
+    assert traced.generated, traced.log[-3000:]
+    source = open_trace(tmp_path / "trace")
+    assert source.complete
+    assert source.model.expert_bytes == 3 * 128 * 48 * 4  # of the whole expert, not of its shard
+    lengths = [len(text["prompt"]) + len(text["output"]) - 1 for text in traced.generated]
+    assert source.num_tokens == sum(lengths)
+    assert_same_routing(tmp_path / "trace", traced.generated)
+
+
 def test_a_trace_ends_whole_after_the_tokens_asked_for(tmp_path):
     traced = run_engine(
         tmp_path / "run", tmp_path / "trace", rounds=[PROMPTS], PLACER_TRACE_TOKENS="50"
