@@ -3,9 +3,9 @@
     make test-vllm                                  # sets up .venv-vllm
     .venv-vllm/bin/python benchmarks/vllm_capture_overhead.py
 
-One process holds the whole engine and a random Qwen3-MoE, made on the spot; rounds with the recorder
-awake and asleep alternate, so that a busy machine disturbs both alike. Asleep, a router still
-passes its ids through the plugin's operator. Elsewhere than in .venv-vllm it says so and ends.
+One process holds the whole engine and a random Qwen3-MoE, made on the spot; rounds with the
+recorder awake and asleep alternate, so that a busy machine disturbs both alike. Asleep, a router
+still passes its ids through the plugin's operator. Outside .venv-vllm it says so and ends.
 """
 
 from __future__ import annotations
