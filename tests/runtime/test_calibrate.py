@@ -140,6 +140,7 @@ def test_a_node_takes_from_its_first_begin_to_its_last_end():
     assert span_of_nodes(times[:, :0], 2).shape == (0,)  # nothing was computed
 
 
+@pytest.mark.slow
 def test_links_alone_can_be_measured_without_a_model():
     cluster = calibrate(None, 2, hidden_size=256, repeats=3).cluster
     assert cluster.flops is None is cluster.hbm_gbps
