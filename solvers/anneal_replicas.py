@@ -420,6 +420,7 @@ def serve_layer(
     num_experts: int,
     num_nodes: int,
     home: Any,
+    batch: Any,
     scenario: Any,
     workload: Any,
     row_prices: Any,
@@ -433,6 +434,7 @@ def serve_layer(
         slots: [S] expert of each slot.
         num_nodes: nodes, of equally many ranks.
         home: [T] home rank of each token, -1 where nobody knows.
+        batch: [T] batch of each token; the counts of a home begin anew with its batch.
         scenario, workload: [T] of each token.
         row_prices: [G] or [G + num_nodes] price of a message to each rank, and to each node.
         load: [C, G] float64, filled with the pairs that each rank serves, by scenario.
@@ -450,13 +452,18 @@ def serve_layer(
             copies[expert] += 1
     load[:] = 0.0
     traffic[:] = 0.0
-    served = np.zeros(num_ranks, np.int64)
+    count = np.zeros((num_ranks + 1, num_ranks), np.int64)  # by home; the last row: unknown
+    counted = np.full(num_ranks + 1, -1, np.int64)  # the batch that each row counts
     used = np.zeros(num_ranks, np.int64)
     used_node = np.zeros(num_nodes, np.int64)
     waiting = np.zeros(experts.shape[1], np.bool_)
     for token in range(experts.shape[0]):
         stamp = token + 1
         start = home[token]
+        if counted[start] != batch[token]:
+            count[start, :] = 0
+            counted[start] = batch[token]
+        served = count[start]
         for k in range(experts.shape[1]):
             expert = experts[token, k]
             waiting[k] = expert >= 0
@@ -477,6 +484,7 @@ def serve_layer(
             expert = experts[token, k]
             best = np.int64(-1)
             best_tier = 3
+            best_turn = num_ranks
             for i in range(copies[expert]):
                 rank = where[expert, i]
                 node = rank // ranks_per_node
@@ -486,10 +494,13 @@ def serve_layer(
                     tier = 1
                 else:
                     tier = 2
-                lighter = tier == best_tier and served[rank] < served[best]
-                if best < 0 or tier < best_tier or lighter:
+                turn = (rank - max(start, 0)) % num_ranks
+                fewer = served[rank] < served[best]
+                fewer = fewer or (served[rank] == served[best] and turn < best_turn)
+                if best < 0 or tier < best_tier or (tier == best_tier and fewer):
                     best = rank
                     best_tier = tier
+                    best_turn = turn
             load[scenario[token], best] += 1.0
             served[best] += 1
             used[best] = stamp

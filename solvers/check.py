@@ -7,8 +7,9 @@ Which copy serves a token (the replica policy `local` of docs/metrics.md). An ex
 is served there. An expert with several copies is served on the token's home rank if a copy is
 there, else on a rank that the token uses anyway (for its single-copy experts, for experts served at
 home, or for an earlier expert of its list), else on a rank of a node that it touches anyway (its
-home's included), else anywhere; each time on the rank that has served least in this layer so far,
-ties to the lower rank. Tokens are served in their order.
+home's included), else anywhere; each time on the rank to which the home has sent fewest pairs in
+this layer and batch so far, of equal ones the first after the home going round. Tokens are served
+in their order; without `batch` the sample is one.
 """
 
 from __future__ import annotations
@@ -326,7 +327,7 @@ def _serve(problem: Problem, dispatch: Dispatch, copies: NDArray[np.bool_]) -> _
 
     for layer in range(problem.num_layers):
         experts = tokens[:, layer, :]
-        used, served = _choose_copies(experts, copies[layer], home, problem.ranks_per_node)
+        used, served = _choose_copies(problem, experts, copies[layer], home)
         used_nodes = _any(used.reshape(len(used), problem.num_nodes, -1))
         pair = (scenario[:, None] * num_ranks + served)[served >= 0]
         pairs[:, layer] = np.bincount(pair, minlength=num_scenarios * num_ranks).reshape(
@@ -357,10 +358,10 @@ def _serve(problem: Problem, dispatch: Dispatch, copies: NDArray[np.bool_]) -> _
 
 
 def _choose_copies(
+    problem: Problem,
     experts: NDArray[np.integer],
     copies: NDArray[np.bool_],
     home: NDArray[np.int64] | None,
-    ranks_per_node: int,
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     """Serve each token of one layer, see the module's docstring for the rule.
 
@@ -368,7 +369,6 @@ def _choose_copies(
         experts: [T, K] experts of each token, -1 = unused.
         copies: [E, G] whether a rank holds an expert.
         home: [T] home ranks, or None.
-        ranks_per_node: ranks of one node.
 
     Returns:
         [T, G] whether a token uses a rank, and [T, K] the rank that serves each expert (-1 unused).
@@ -377,7 +377,9 @@ def _choose_copies(
         from solvers.check_serving import serve
 
         homes = np.full(len(experts), -1, np.int64) if home is None else home
-        served = serve(np.ascontiguousarray(experts, np.int64), copies, homes, ranks_per_node)
+        batch = np.zeros(len(experts), np.int64) if problem.batch is None else problem.batch
+        experts = np.ascontiguousarray(experts, np.int64)
+        served = serve(experts, copies, homes, batch, problem.ranks_per_node)
     else:
         served = np.where(experts >= 0, copies.argmax(axis=1)[experts], -1)
     used = np.zeros((len(experts), copies.shape[1]), bool)

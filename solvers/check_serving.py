@@ -10,21 +10,28 @@ from solvers.compiling import compiled
 
 
 @compiled
-def serve(experts: Any, copies: Any, home: Any, ranks_per_node: int) -> Any:
+def serve(experts: Any, copies: Any, home: Any, batch: Any, ranks_per_node: int) -> Any:
     """[T, K] rank that serves each pair of one layer, -1 = unused; see `solvers.check`.
 
     Args:
         experts: [T, K] expert ids, -1 = unused.
         copies: [E, G] whether a rank holds an expert.
         home: [T] home ranks, -1 where nobody knows.
+        batch: [T] batch of each token; the counts of a home begin anew with its batch.
         ranks_per_node: ranks of one node.
     """
     num_tokens, width = experts.shape
     num_ranks = copies.shape[1]
     served = np.full((num_tokens, width), -1, np.int64)
-    load = np.zeros(num_ranks, np.int64)
+    count = np.zeros((num_ranks + 1, num_ranks), np.int64)  # by home; the last row: unknown
+    counted = np.full(num_ranks + 1, -1, np.int64)  # the batch that each row counts
     used = np.zeros(num_ranks, np.bool_)
     for t in range(num_tokens):
+        start = home[t]
+        if counted[start] != batch[t]:
+            count[start, :] = 0
+            counted[start] = batch[t]
+        load = count[start]
         for g in range(num_ranks):
             used[g] = False
         for k in range(width):  # at home, or where the only copy is
@@ -38,31 +45,32 @@ def serve(experts: Any, copies: Any, home: Any, ranks_per_node: int) -> Any:
                     only = g
                     held += 1
             rank = -1
-            if home[t] >= 0 and copies[e, home[t]]:
-                rank = home[t]
+            if start >= 0 and copies[e, start]:
+                rank = start
             elif held == 1:
                 rank = only
             if rank >= 0:
                 served[t, k] = rank
                 load[rank] += 1
                 used[rank] = True
-        for k in range(width):  # a used rank, a touched node, any copy: the least loaded
+        for k in range(width):  # a used rank, a touched node, any copy: the least counted
             e = experts[t, k]
             if e < 0 or served[t, k] >= 0:
                 continue
             best = -1
-            best_worth = (np.int64(3), np.int64(0))
+            best_worth = (np.int64(3), np.int64(0), np.int64(0))
             for g in range(num_ranks):
                 if not copies[e, g]:
                     continue
                 node = g // ranks_per_node
-                touched = home[t] >= 0 and home[t] // ranks_per_node == node
+                touched = start >= 0 and start // ranks_per_node == node
                 for other in range(node * ranks_per_node, (node + 1) * ranks_per_node):
                     touched = touched or used[other]
                 tier = np.int64(0) if used[g] else np.int64(1) if touched else np.int64(2)
-                if best < 0 or (tier, load[g]) < best_worth:
+                worth = (tier, load[g], np.int64((g - max(start, 0)) % num_ranks))
+                if best < 0 or worth < best_worth:
                     best = g
-                    best_worth = (tier, load[g])
+                    best_worth = worth
             served[t, k] = best
             load[best] += 1
             used[best] = True

@@ -272,13 +272,14 @@ class Layers:
         assert problem.tokens is not None
         count = len(problem.tokens)
         home = np.full(count, -1) if problem.home is None else problem.home
+        batch = np.zeros(count, np.int64) if problem.batch is None else problem.batch
         scenario = np.zeros(count, np.int64) if problem.scenario is None else problem.scenario
         num_scenarios = 1 if problem.scenario is None else self.loads.shape[1]
         load = np.zeros((num_scenarios, problem.num_ranks))
         traffic = np.zeros(problem.num_workloads)
         serve_layer(
             np.ascontiguousarray(problem.tokens[:, layer]), slots, problem.num_experts,
-            problem.num_nodes, home, scenario, problem.token_workload, self.row_prices, load,
+            problem.num_nodes, home, batch, scenario, problem.token_workload, self.row_prices, load,
             traffic,
         )  # fmt: skip
         traffic /= np.bincount(problem.token_workload, minlength=traffic.size)

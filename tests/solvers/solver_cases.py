@@ -208,8 +208,10 @@ def reference(problem: Problem, placement: np.ndarray) -> dict[str, float]:
 
     node = lambda g: g // problem.ranks_per_node  # noqa: E731
 
-    def serve(experts, layer, home, running):
+    def serve(experts, layer, home, counts):
         served = {}
+        start = 0 if home is None else home
+        running = counts.setdefault(home, [0] * problem.num_ranks)
         copies = where[layer]
         for e in experts:
             if home is not None and home in copies[e]:
@@ -224,13 +226,17 @@ def reference(problem: Problem, placement: np.ndarray) -> dict[str, float]:
                 nodes = {node(g) for g in used} | ({node(home)} if home is not None else set())
                 near = {g for g in copies[e] if node(g) in nodes}
                 candidates = copies[e] & used or near or copies[e]
-                served[e] = min(candidates, key=lambda g: (running[g], g))
+                served[e] = min(
+                    candidates, key=lambda g: (running[g], (g - start) % problem.num_ranks)
+                )
                 running[served[e]] += 1
         return served
 
     sums = dict.fromkeys(("span", "node_span", "alltoall", "coherent", "node_messages"), 0.0)
-    running = {d: [[0] * problem.num_ranks for _ in layers] for d in ("alltoall", "coherent")}
+    pairs = {d: [[0] * problem.num_ranks for _ in layers] for d in ("alltoall", "coherent")}
+    counts = {}  # (dispatch, layer) -> batch, home -> rank -> pairs
     for t in range(len(problem.tokens)):
+        batch = 0 if problem.batch is None else int(problem.batch[t])
         first_home = None if problem.home is None else int(problem.home[t])
         for dispatch in ("alltoall", "coherent"):
             own = dispatch == problem.dispatch or (
@@ -239,7 +245,10 @@ def reference(problem: Problem, placement: np.ndarray) -> dict[str, float]:
             home = first_home
             for layer in layers:
                 experts = [e for e in problem.tokens[t, layer].tolist() if e >= 0]
-                served = serve(experts, layer, home, running[dispatch][layer])
+                now = counts.setdefault((dispatch, layer, home, batch), {})
+                served = serve(experts, layer, home, now)
+                for rank in served.values():
+                    pairs[dispatch][layer][rank] += 1
                 used = set(served.values())
                 nodes = {node(g) for g in used}
                 if home is None:
@@ -271,7 +280,7 @@ def reference(problem: Problem, placement: np.ndarray) -> dict[str, float]:
         "node_messages": sums["node_messages"] / size,
     }
     if any(len(copies) > 1 for layer in layers for copies in where[layer].values()):
-        own = running["coherent" if problem.dispatch == "coherent" else "alltoall"]
+        own = pairs["coherent" if problem.dispatch == "coherent" else "alltoall"]
         ratio = [max(row) / (sum(row) / len(row)) if sum(row) else 1.0 for row in own]
         figures["imbalance_served"] = sum(ratio) / len(ratio)
     ratios = []

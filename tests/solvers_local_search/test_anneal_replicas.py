@@ -100,7 +100,9 @@ def test_serving_without_replicas_is_the_span_less_the_home_rank():
     load, traffic = np.zeros((2, 4)), np.zeros(2)
     scenario = workload = np.arange(50) % 2
     prices = np.array([1.0, 1, 1, 1, 10, 10])
-    serve_layer(tokens, np.arange(8), 8, 2, home, scenario, workload, prices, load, traffic)
+    serve_layer(
+        tokens, np.arange(8), 8, 2, home, scenario, scenario, workload, prices, load, traffic
+    )
     ranks = tokens // 2
     expected = np.zeros(2)
     for t, (used, h) in enumerate(zip(ranks, home, strict=True)):
