@@ -31,7 +31,7 @@ from solvers.budget import Budget
 from solvers.layers import Candidate, Layers, Prices, Slots, anneal, prepare
 from solvers.parallel import available_cores, stopping
 from solvers.problem import Problem
-from solvers.registry import register
+from solvers.registry import get, register
 from solvers.result import Solution
 from solvers.selection import ELASTIC_PRICE, Caps, choose, prices
 
@@ -41,6 +41,7 @@ LADDER = (0.0, 0.1, 0.2, 0.4, 0.7, 1.2, 2.0, 4.0, 10.0, 40.0)
 MOVE_LADDER = (0.03, 0.1, 0.3, 1.0, 3.0)
 BALANCE_PRICE = ELASTIC_PRICE
 ROUNDS = 3
+LENDERS = ("eplb_global", "tensorrt_llm_cooccurrence")
 AROUND = (1 / 1.6, 1.0, 1.6)
 PATIENCE = 2  # rounds without improvement after which even a longer time limit ends the search
 IMPROVEMENT = 2e-4
@@ -78,6 +79,7 @@ class Search:
             [self.layers.candidate(i, self.layers.start(i, w), w) for w in self.widths]
             for i in range(problem.num_layers)
         ]
+        self.borrow()
         uncapped = not capped and problem.num_workloads == 1
         ladder = [floor] if uncapped else [floor, *(mu for mu in LADDER if mu > floor)]
         moves = [0.0]
@@ -85,6 +87,22 @@ class Search:
             moves = [share * self.layers.token_share for share in MOVE_LADDER]
         wanted = [self.layers.uniform_prices(mu, move) for mu in ladder for move in moves]
         self.extend(wanted, self.proposals // 4)
+
+    def borrow(self) -> None:
+        """What published methods make of the replicas, to go on from."""
+        problem = self.problem
+        fits = problem.rank_slots is None and problem.pinned is None
+        plain = fits and problem.current is None and problem.slot_budget is None
+        if not self.layers.replicates or not plain:
+            return
+        for name in LENDERS:
+            solver = get(name)
+            if any(getattr(problem, array) is None for array in solver.needs):
+                continue
+            placement = solver.function(problem, self.seed, self.budget).placement
+            for layer, slots in enumerate(placement):
+                width = problem.slots_per_rank
+                self.pools[layer].append(self.layers.candidate(layer, slots, width))
 
     @property
     def proposals(self) -> int:
