@@ -24,6 +24,7 @@ from solvers.layers import Candidate, Prices
 from solvers.problem import Problem, num_worse
 
 ELASTIC_PRICE = 100.0
+BROKEN, TOLERANCE = 1e6, 1e-12
 FRACTION = 1e-9
 MOST_ROUNDINGS = 4096
 MOST_EXCHANGES = 50
@@ -58,7 +59,11 @@ def choose(pools: Sequence[Sequence[Candidate]], problem: Problem, caps: Caps) -
     if _separate(problem, caps):
         return [min(pool, key=lambda c: _cost(c, caps)[0]) for pool in pools]
     program = _Program(pools, problem, caps)
-    choice = program.exchanged(program.rounded(program.relaxed().x))
+    starts = [program.rounded(program.relaxed().x), program.most_balanced()]
+    found = [program.exchanged(start) for start in starts]
+    choice = min(
+        found, key=lambda choice: float(program.value(program.figures[choice].sum(axis=0)))
+    )
     return [program.flat[index] for index in choice]
 
 
@@ -180,7 +185,7 @@ class _Program:
         )
 
     def value(self, figures: Floats) -> Floats:
-        """[...] what sums over layers of `_figures` cost, broken caps at ELASTIC_PRICE."""
+        """[...] what sums over layers of `figures` cost; a broken cap outweighs all messages."""
         caps, count, layers = self.caps, self.num_workloads, len(self.pools)
         total = self.problem.aggregate(figures[..., :count] / layers)
         reached = self.problem.aggregate(figures[..., count:-2] / layers)
@@ -190,7 +195,8 @@ class _Program:
             (figures[..., -1], caps.slots),
         ):
             if most is not None:
-                total = total + ELASTIC_PRICE * np.maximum(0.0, use - most)
+                over = use - most
+                total = total + ELASTIC_PRICE * np.maximum(0.0, over) + BROKEN * (over > TOLERANCE)
         return total
 
     def rounded(self, share: Floats) -> list[int]:
@@ -203,6 +209,12 @@ class _Program:
         ways = np.array(list(itertools.islice(itertools.product(*options), MOST_ROUNDINGS)))
         best = np.argmin(self.value(self.figures[ways].sum(axis=1)))
         return [int(index) for index in ways[best]]
+
+    def most_balanced(self) -> list[int]:
+        """The candidate of each layer with least imbalance: it keeps a cap if any choice does."""
+        count = self.num_workloads
+        imbalance = self.problem.aggregate(self.figures[:, count:-2])
+        return [first + int(np.argmin(imbalance[first:last])) for first, last in self.spans]
 
     def exchanged(self, choice: list[int]) -> list[int]:
         """A choice that no change of one layer makes better."""
