@@ -7,10 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from placer.trace import ModelDims, Trace, make_trace, write_npz
 from placer.trace.importing import write_trace
 
+# How long an example takes says nothing on a busy machine.
+settings.register_profile("placer", deadline=None)
+settings.load_profile("placer")
 # Tiny models on a busy machine: torch's threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
