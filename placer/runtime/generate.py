@@ -135,7 +135,9 @@ class _Run:
         self._engine, self._mover, self._batch = engine, mover, batch
         self._keep_logits, self._first_step = keep_logits, step
         self._own = np.flatnonzero(batch.homes == engine.group.rank)
-        self._cache = DynamicCache()
+        # tokens that move need all keys and values; else the model's own kinds of layers are used
+        config = engine.model.config
+        self._cache = DynamicCache(config=config) if mover is None else DynamicCache()
         self.logits: dict[tuple[int, int], Tensor] = {}
         self.made = 0
 

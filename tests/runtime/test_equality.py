@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 
+from placer.errors import PlacerError
 from placer.runtime.launch import launch
 
 from .models import FAMILIES, NEW_TOKENS, PROMPTS, Models, Reference
@@ -40,9 +42,13 @@ def check_equal(reference: Reference, case: Case, ranks: list[Ran]) -> None:
 
 
 def run_all(
-    models: Models, wanted: list[tuple[str, str, str, bool]], num_ranks: int, node: int
+    models: Models,
+    wanted: list[tuple[str, str, str, bool]],
+    num_ranks: int,
+    node: int,
+    **overrides: float,
 ) -> None:
-    references = [models.get(family) for family, *_ in wanted]
+    references = [models.get(family, **overrides) for family, *_ in wanted]
     cases = [
         case_of(reference, kind, dispatch, by_node, num_ranks, node)
         for reference, (_, kind, dispatch, by_node) in zip(references, wanted, strict=True)
@@ -74,6 +80,32 @@ def test_one_and_two_ranks(models, num_ranks):
 
 def test_the_shipped_model_on_four_ranks(models):
     run_all(models, [("shipped", "replicas", *way) for way in DISPATCHES[1:3]], 4, 2)
+
+
+def test_requests_end_at_a_stop_token_each_at_its_own_time(models):
+    reference = models.get("Qwen3Moe")
+    stop = reference.tokens[1][1]
+    expected = [made[: made.index(stop) + 1] if stop in made else made for made in reference.tokens]
+    assert len({len(made) for made in expected}) > 1
+    cases = [
+        dataclasses.replace(
+            case_of(reference, "random", *way, num_ranks=2, node=1), stops=frozenset([stop])
+        )
+        for way in DISPATCHES
+    ]
+    for found in launch(run_cases, 2, (cases,), ranks_per_node=1, timeout_s=60):
+        for ran in found:
+            assert ran.tokens == expected
+
+
+def test_tokens_do_not_move_where_a_layer_is_built_otherwise(models):
+    """Granite multiplies what comes out of a block before it is added."""
+    reference = models.get("GraniteMoe", residual_multiplier=0.5)
+    run_all(models, [("GraniteMoe", "random", "alltoall", False)], 2, 2, residual_multiplier=0.5)
+    case = case_of(reference, "random", "coherent", False, 2, 2)
+    with pytest.raises(PlacerError, match="its output is not residual stream") as refused:
+        launch(run_cases, 2, ([case],), timeout_s=60)
+    assert "--dispatch alltoall" in refused.value.hint
 
 
 @pytest.mark.slow
