@@ -139,6 +139,9 @@ def test_the_cheapest_set_is_found(by_home, size):
 def test_a_search_that_is_cut_short_proves_nothing():
     tokens = topic_tokens(4, num_layers=1)[:, 0]
     columns = Columns(TokenSets.of(tokens, 16), np.arange(16).reshape(4, 4), False, max_work=10)
-    columns.step(STOP)
-    assert columns.done
+    steps = 0
+    while not columns.done:
+        columns.step(STOP)
+        steps += 1
+    assert 1 < steps < 10
     assert columns.best == -np.inf
