@@ -49,7 +49,7 @@ test-engines: $(ENGINES)/.ready  ## engines' own code, from their released packa
 	touch $@
 
 test-vllm: .venv-vllm/.ready  ## capture in the real vLLM, on a CPU
-	.venv-vllm/bin/python -m pytest -m vllm tests/vllm_capture
+	.venv-vllm/bin/python -m pytest -m vllm tests/vllm_capture tests/vllm_plans
 
 lint: $(READY)
 	$(BIN)/ruff check $(SOURCES)

@@ -22,7 +22,8 @@ def export(
         typer.Option(
             "--to",
             metavar="ENGINE",
-            help="sglang, tensorrt-llm, vllm-ascend, omni-infer, eplb, fastdeploy or rank-lists.",
+            help="vllm, sglang, tensorrt-llm, vllm-ascend, omni-infer, eplb, fastdeploy or "
+            "rank-lists.",
         ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="The engine's file.")],

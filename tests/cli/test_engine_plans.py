@@ -13,6 +13,7 @@ from placer.plan import read_plan
 from .running import fails, succeeds, usage_error
 
 SUFFIX = {
+    "vllm": ".json",
     "sglang": ".json",
     "tensorrt-llm": ".yaml",
     "vllm-ascend": ".json",

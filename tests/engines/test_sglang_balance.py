@@ -5,8 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+from vllm_plans.balance_cases import passes
 
-from .balance_cases import passes
 from .released import released
 
 pytestmark = pytest.mark.engines

@@ -1,6 +1,7 @@
 """The plugin that vLLM loads in each of its processes (`vllm.general_plugins`).
 
-It does nothing, and imports nothing but the standard library, unless PLACER_TRACE_DIR is set:
+It does nothing, and imports nothing but the standard library, unless PLACER_TRACE_DIR is set, or
+PLACER_VLLM_PLAN (`placer.engines.vllm.placing`):
 
     PLACER_TRACE_DIR       folder of the native trace; it must not hold a trace yet
     PLACER_TRACE_TOKENS    stop after this many tokens (of each data-parallel rank)
@@ -57,6 +58,14 @@ def settings_from(environment: Mapping[str, str]) -> TraceSettings | None:
 
 def register() -> None:
     """Called by vLLM, perhaps several times in a process."""
+    _trace_if_asked()
+    if os.environ.get("PLACER_VLLM_PLAN"):
+        from placer.engines.vllm.placing import place_experts
+
+        place_experts(os.environ)
+
+
+def _trace_if_asked() -> None:
     settings = settings_from(os.environ)
     if settings is None:
         return
