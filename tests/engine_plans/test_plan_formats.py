@@ -158,7 +158,7 @@ def test_hints_that_contradict_the_file_are_refused(name, kind, tmp_path):
     hints = hints_of(plan)
     for wrong, said in (
         (replace(hints, num_experts=9), "--num-experts 9"),
-        (replace(hints, nodes=3), "3 nodes"),
+        (replace(hints, nodes=3), "nodes"),
         (replace(hints, layer_ids=(1, 99)), "--layer-ids"),
     ):
         with pytest.raises(UsageError, match=said):

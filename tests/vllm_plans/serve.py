@@ -1,6 +1,6 @@
-"""Runs vLLM with expert parallelism in a process of its own; writes what it generated and holds.
+"""Starts vLLM with expert parallelism in a process of its own; writes what each rank holds.
 
-usage: python serve.py job.json result.json
+usage: python serve.py model result.json
 """
 
 from __future__ import annotations
@@ -11,23 +11,31 @@ from pathlib import Path
 from typing import Any
 
 
-def expert_maps(worker: Any) -> dict[str, list[int]]:
-    """Layer name -> place of each expert on this rank, -1 where it is not."""
+def held_experts(worker: Any) -> dict[str, list[list[Any]]]:
+    """Layer name -> [expert, its place on this rank, digest of its weights there]."""
+    import hashlib
+
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
-    return {
-        module.layer_name: module._expert_map.tolist()
-        for module in worker.model_runner.model.modules()
-        if isinstance(module, RoutedExperts)
-    }
+    held: dict[str, list[list[Any]]] = {}
+    for layer in worker.model_runner.model.modules():
+        if not isinstance(layer, RoutedExperts):
+            continue
+        held[layer.layer_name] = []
+        for expert, place in enumerate(layer._expert_map.tolist()):
+            if place >= 0:
+                digest = hashlib.sha256()
+                for weight in (layer.w13_weight, layer.w2_weight):
+                    digest.update(weight[place].contiguous().numpy().tobytes())
+                held[layer.layer_name].append([expert, place, digest.hexdigest()])
+    return held
 
 
-def main(job_file: str, result_file: str) -> None:
-    from vllm import LLM, SamplingParams
+def main(model: str, result_file: str) -> None:
+    from vllm import LLM
 
-    job = json.loads(Path(job_file).read_text())
     llm = LLM(
-        seed=0,
+        model=model,
         dtype="float32",
         disable_log_stats=True,
         max_model_len=128,
@@ -37,15 +45,8 @@ def main(job_file: str, result_file: str) -> None:
         enable_expert_parallel=True,
         tensor_parallel_size=2,
         distributed_executor_backend="mp",
-        model=job["model"],
     )
-    sampling = SamplingParams(temperature=0, ignore_eos=True, max_tokens=8)
-    outputs = llm.generate(job["prompts"], sampling, use_tqdm=False)
-    result = {
-        "generated": [list(output.outputs[0].token_ids) for output in outputs],
-        "maps": llm.collective_rpc(expert_maps),
-    }
-    Path(result_file).write_text(json.dumps(result))
+    Path(result_file).write_text(json.dumps(llm.collective_rpc(held_experts)))
 
 
 if __name__ == "__main__":

