@@ -77,7 +77,9 @@ def apply(
     from placer.plan import read_plan
     from placer.report.applying import applied_lines, dry_run_lines
     from placer.report.console import show
+    from placer.runtime import check_installed
 
+    check_installed()
     plan = read_plan(plan_path)
     if against is not None and not dry_run:
         raise UsageError("--against compares plans", "give --dry-run as well")

@@ -173,3 +173,14 @@ def test_odd_options_are_refused(tmp_path):
     usage_error(tmp_path, "apply", plan, "--model", MODEL, "--max-new-tokens", 0)
     said = fails(2, tmp_path, "apply", plan, "--model", MODEL, "--dtype", "int3", "--dry-run")
     assert "int3" in said
+
+
+def test_it_says_what_to_install(tmp_path, monkeypatch):
+    plan = plan_for(tmp_path)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "safetensors" else find(name)
+    )
+    said = fails(1, tmp_path, "apply", plan, "--model", MODEL, "--dry-run")
+    assert "this needs safetensors" in said
+    assert "moe-placer[trace]" in said
