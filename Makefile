@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := placer solvers tests examples benchmarks
 
-.PHONY: demo test test-slow test-engines test-ray test-vllm check lint types bench traces clean
+.PHONY: demo test test-slow test-engines test-ray test-vllm test-netlab check lint types bench traces clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -59,6 +59,9 @@ types: $(READY)
 	$(BIN)/mypy
 
 
+
+test-netlab: $(READY)  ## several nodes on this machine; as root, with iproute2
+	$(BIN)/python -m pytest -m netlab tests/netlab
 
 check: lint types test  ## what .ci/run runs
 

@@ -1,0 +1,1 @@
+"""A laboratory for several nodes on one machine: network namespaces joined by slow links."""
