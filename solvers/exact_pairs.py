@@ -44,7 +44,7 @@ def num_partitions(num_experts: int, num_ranks: int) -> int:
 
 def chain_work(num_layers: int, num_experts: int, num_ranks: int) -> float:
     """Elementary steps that `best_chain` takes."""
-    pairs = float(num_partitions(num_experts, num_ranks)) ** 2
+    pairs = float(min(num_partitions(num_experts, num_ranks), 10**100)) ** 2
     steps = 4 if num_ranks == 2 else num_experts * num_ranks + num_ranks**3
     return (num_layers - 1) * pairs * steps
 

@@ -42,6 +42,7 @@ Programming 45, 1989. Sharing blocks along a chain of layers: placer.
 
 from __future__ import annotations
 
+import importlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -178,7 +179,12 @@ def bound_kept(
     """
     if budget.expired():
         return None
-    with ThreadPoolExecutor(THREADS) as pool:
+    from threadpoolctl import threadpool_limits
+
+    # The threads are ours: BLAS threads within them would wait for each other. Only what is loaded
+    # can be limited, and this is what the kernels call.
+    importlib.import_module("scipy.linalg.cython_lapack")
+    with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(THREADS) as pool:
         return _Search(chain, pool).run(budget, max_iterations, value)
 
 

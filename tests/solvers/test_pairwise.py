@@ -82,6 +82,10 @@ def test_the_search_of_a_layer_is_brute_force(seed, shape):
     assert kept(found) == pytest.approx(max(kept(row) for row in _partitions(experts, ranks)))
 
 
+def test_the_work_of_a_large_chain_is_a_number_too():
+    assert chain_work(58, 256, 32) > 1e200
+
+
 def test_a_search_that_ends_early_proves_nothing():
     together = np.ones((12, 12)) + np.random.default_rng(0).random((12, 12))
     assert best_groups(together + together.T, 3, np.repeat(np.arange(3), 4), 10) is None
