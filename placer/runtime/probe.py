@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from placer.errors import PlacerError
 from placer.runtime.layout import ModelLayout, MoeLayer
 
+_PLAIN_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")  # of transformers' cache_utils
 _HINT = "use --dispatch alltoall or allgather for this model"
 
 
@@ -76,7 +77,7 @@ class Probe:
         for i, layer in enumerate(getattr(self._cache, "layers", [])):
             keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
             tensors = [t for t in (keys, values) if isinstance(t, Tensor) and t.dim() == 4]
-            if len(tensors) < 2 or hasattr(layer, "conv_states"):
+            if len(tensors) < 2 or type(layer).__name__ not in _PLAIN_LAYERS:
                 raise PlacerError(
                     f"decoder layer {i} caches something else than keys and values, which cannot "
                     "be kept on every rank (coherent dispatch)", _HINT,
