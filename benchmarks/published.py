@@ -1,11 +1,13 @@
 """Who is dominated by whom: every method against placer's local search under several caps.
 
-    python benchmarks/published.py --trace FILE --gpus 4 8 16 --nodes 1 2 --spare 0 1
+    python benchmarks/published.py --trace FILE --gpus 4 8 16 --nodes 1 2 --spare 0 1 --json points
+    python benchmarks/published.py --show points
 
 Every method is fitted to one half of the requests of the traces (by default the canned ones) and
 judged by replay of the other half, for each number of ranks, nodes and redundant slots per rank.
 Traffic is messages per token and layer, those between nodes at their price. A plan dominates
-another that is no better in traffic or imbalance, and worse in one of them.
+another that is no better in traffic or imbalance, and worse in one of them. placer's caps bind
+imbalance over folds of the requests, its default, and over the whole trace (`trace, cap`).
 """
 
 from __future__ import annotations
@@ -14,11 +16,10 @@ import argparse
 import itertools
 import json
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-
-import numpy as np
 
 import solvers
 from placer.errors import PlacerError
@@ -71,20 +72,23 @@ class Point:
 
 
 def measure(
-    parts: Parts, settings: Settings, methods: Sequence[str], caps: Sequence[float | None]
+    parts: Parts, settings: Settings, methods: Sequence[str], balance_over: Sequence[str]
 ) -> Iterator[Point]:
     """Fit and judge every method, and the local search under every cap."""
-    problem = build_problem(parts.fit, settings, lambda _: None)
-    if problem.batch is None and problem.tokens is not None:
-        batch = np.arange(len(problem.tokens)) // BATCH_TOKENS
-        problem = replace(problem, batch=batch)
-    runs: list[tuple[str, float | None, str]] = [(name, None, name) for name in methods]
-    runs += [("local_search", cap, f"placer, cap {cap or 'none'}") for cap in caps]
-    for solver, cap, label in runs:
+    posed = build_problem(parts.fit, settings, lambda _: None)
+    whole = replace(posed, scenario_load=None, scenario=None, workload=None)
+    runs = [(name, whole, name) for name in methods]
+    for over in balance_over:
+        problem, word = (posed, "") if over == "requests" else (whole, "trace, ")
+        runs += [
+            ("local_search", replace(problem, max_imbalance=cap), f"placer, {word}cap {cap or '-'}")
+            for cap in CAPS
+        ]
+    for solver, problem, label in runs:
         started = time.process_time()
         try:
             asked = replace(settings, solver=solver)
-            result = run_solver(replace(problem, max_imbalance=cap), asked)
+            result = run_solver(problem, asked)
         except PlacerError as error:
             print(f"{label}: {error.message}", flush=True)
             continue
@@ -161,10 +165,16 @@ def main() -> None:
     parser.add_argument("--dispatch", default="alltoall", choices=("alltoall", "coherent"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--time-limit", type=float, help="seconds for each solver")
+    parser.add_argument("--balance-over", nargs="+", default=["requests", "trace"])
     parser.add_argument("--json", type=Path, help="append a line per plan to this file")
+    parser.add_argument("--show", type=Path, nargs="+", help="print such files, measure nothing")
     options = parser.parse_args()
+    if options.show:
+        show(options.show)
+        return
     traces = options.trace or sorted(p for p in (ROOT / "traces").iterdir() if p.is_dir())
-    methods = options.solvers.split(",") if options.solvers else published()
+    methods = published() if options.solvers is None else options.solvers.split(",")
+    methods = [name for name in methods if name]
     sources = open_traces(traces)
     num_experts = sources[0].num_experts
     for gpus, nodes, spare in itertools.product(options.gpus, options.nodes, options.spare):
@@ -179,12 +189,24 @@ def main() -> None:
         parts = split_sources(sources, settings)
         instance = f"{gpus} ranks, {nodes} nodes, {settings.slots_per_rank} slots per rank"
         points = []
-        for point in measure(parts, settings, methods, CAPS):
+        for point in measure(parts, settings, methods, options.balance_over):
             points.append(point)
             if options.json:
                 with options.json.open("a") as file:
                     file.write(json.dumps({"instance": instance, **asdict(point)}) + "\n")
         print(f"\n{instance}; {parts.scope}, {options.dispatch}\n{table(points)}", flush=True)
+
+
+def show(files: Sequence[Path]) -> None:
+    """Print the plans of such files, instance by instance; of equal ones the last counts."""
+    found: dict[str, dict[str, Point]] = defaultdict(dict)
+    for line in (line for file in files for line in file.read_text().splitlines()):
+        fields = json.loads(line)
+        instance = fields.pop("instance")
+        found[instance][fields["name"]] = Point(**fields)
+    for instance, points in found.items():
+        ordered = sorted(points.values(), key=lambda p: (p.mine, p.name if not p.mine else ""))
+        print(f"\n{instance}\n{table(ordered)}")
 
 
 if __name__ == "__main__":
