@@ -10,21 +10,20 @@ from __future__ import annotations
 
 from solvers import check
 from solvers.budget import Budget
-from solvers.pairwise import restrictions
 from solvers.problem import Problem
 from solvers.registry import get, register
 from solvers.result import Solution
 
 
-@register("auto", source="placer", replicates=True)
+@register("auto", source="placer", replicates=True, restricted=True)
 def auto(problem: Problem, seed: int, budget: Budget) -> Solution:
     """Picks solvers by the problem and returns the best plan."""
     from solvers.solving import keeps_cap
 
     names = ["local_search"]
-    if problem.objective == "balance":
+    if problem.objective == "balance" and not problem.restrictions:
         names.append("eplb")
-    if problem.objective in check.PAIRWISE and not restrictions(problem):
+    if problem.objective in check.PAIRWISE and not problem.restrictions:
         names = ["pairwise"]
         if problem.num_slots > problem.num_experts:
             names.append("local_search")  # which places replicas

@@ -203,7 +203,7 @@ def caps_of(problem: Problem, layers: Layers) -> Caps:
     return Caps(problem.max_imbalance, floor, problem.max_moves, problem.slot_budget)
 
 
-@register("local_search", source="placer", replicates=True)
+@register("local_search", source="placer", replicates=True, restricted=True)
 def local_search(problem: Problem, seed: int, budget: Budget) -> Solution:
     """Anneals traffic, load and replicas together on exact token bitsets, under a cap on imbalance.
 

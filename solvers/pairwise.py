@@ -35,7 +35,7 @@ from solvers.contiguous import fill
 from solvers.problem import Problem
 from solvers.proving import prove
 from solvers.registry import register
-from solvers.result import InfeasibleProblem, Solution
+from solvers.result import Solution
 
 Floats = NDArray[np.float64]
 Ranks = NDArray[np.int64]
@@ -52,8 +52,6 @@ def pairwise(problem: Problem, seed: int, budget: Budget) -> Solution:
 
     Sees load only through the cap on imbalance. Fills no spare slot.
     """
-    if restrictions(problem):
-        raise InfeasibleProblem(f"solver 'pairwise' does not know {restrictions(problem)}")
     weights = _Weights.of(problem)
     search = _Search(problem, weights, seed, budget)
     ranks = search.free()
@@ -73,12 +71,6 @@ def pairwise(problem: Problem, seed: int, budget: Budget) -> Solution:
         termination=budget.termination(),
         notes=notes,
     )
-
-
-def restrictions(problem: Problem) -> str:
-    """What the problem asks of where experts sit that this solver does not know; "" if nothing."""
-    names = ("rank_slots", "slot_budget", "pinned", "max_moves")
-    return " and ".join(name for name in names if getattr(problem, name) is not None)
 
 
 @dataclass(frozen=True, eq=False)

@@ -236,6 +236,12 @@ class Problem:
             raise ValueError("max_moves must be 0 or more, and needs current")
 
     @property
+    def restrictions(self) -> tuple[str, ...]:
+        """What is asked of where experts sit, beyond slots_per_rank; not every solver knows it."""
+        names = ("rank_slots", "slot_budget", "pinned", "max_moves")
+        return tuple(name for name in names if getattr(self, name) is not None)
+
+    @property
     def num_workloads(self) -> int:
         """W."""
         return 1 if self.workload is None else int(self.workload.max()) + 1

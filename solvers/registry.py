@@ -31,6 +31,7 @@ class Solver:
         replicates: whether it fills redundant slots with replicas.
         deterministic: same seed, same placement, whatever the machine's speed, as long as no time
             limit cuts it short.
+        restricted: whether it keeps `Problem.restrictions`.
         backends: what can solve its integer program, the default first.
     """
 
@@ -41,6 +42,7 @@ class Solver:
     needs: tuple[str, ...] = ()
     replicates: bool = False
     deterministic: bool = True
+    restricted: bool = False
     backends: tuple[str, ...] = ()
 
 
@@ -54,6 +56,7 @@ def register(
     needs: tuple[str, ...] = (),
     replicates: bool = False,
     deterministic: bool = True,
+    restricted: bool = False,
     backends: tuple[str, ...] = (),
 ) -> Callable[[SolverFunction], SolverFunction]:
     """Decorator: make a function `(problem, seed, budget) -> Solution` known under `name`.
@@ -64,7 +67,7 @@ def register(
     def decorate(function: SolverFunction) -> SolverFunction:
         summary = (function.__doc__ or "").strip().splitlines()[0]
         _SOLVERS[name] = Solver(
-            name, function, summary, source, needs, replicates, deterministic, backends
+            name, function, summary, source, needs, replicates, deterministic, restricted, backends
         )
         return function
 

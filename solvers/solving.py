@@ -45,7 +45,8 @@ def solve(
         budget: instead of `time_limit`, a budget that another thread may stop.
 
     Raises:
-        ValueError: an unknown solver, or an array that it needs is missing.
+        ValueError: an unknown solver, an array that it needs is missing, or a restriction that it
+            does not know.
         InfeasibleProblem, NoSolutionFound: from the solver.
     """
     entry = get(solver)
@@ -54,6 +55,9 @@ def solve(
         raise ValueError(
             f"solver {solver!r} needs {' and '.join(missing)}, which the problem lacks"
         )
+    if problem.restrictions and not entry.restricted:
+        asked = " and ".join(problem.restrictions)
+        raise ValueError(f"solver {solver!r} does not know {asked}; auto and local_search do")
     if budget is None:
         budget = Budget(time_limit)
     elif time_limit is not None:

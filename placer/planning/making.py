@@ -57,7 +57,8 @@ def run_solver(problem: Problem, settings: Settings, budget: Budget | None = Non
             raise KeyboardInterrupt from error
         raise TimeLimitError(str(error), "give a longer --time-limit") from error
     except ValueError as error:
-        raise UsageError(str(error)) from error
+        what, _, hint = str(error).partition("; ")
+        raise UsageError(what, hint) from error
 
 
 def refuse_broken_cap(result: Result, settings: Settings) -> None:

@@ -212,6 +212,12 @@ def test_more_slots_than_memory_is_infeasible(trace_folder, tmp_path):
         (["--gpus", 4, "--slots-per-rank", 3], 3, ["cannot hold 16 experts", "--slots-per-rank 4"]),
         (["--gpus", 4, "--nodes", 3], 2, ["3 nodes do not divide 4 GPUs"]),
         (["--gpus", 4, "--nodes", 8], 2, ["8 nodes do not divide 4 GPUs"]),
+        (["--gpus", 4, "--solver", "eplb", "--pin", "3@0"], 2, ["'eplb' does not know pinned"]),
+        (
+            ["--gpus", 4, "--solver", "moetuner:gurobi"],
+            2,
+            ["no back end 'gurobi'", "moetuner:scip"],
+        ),
         (["--gpus", 4, "--solver", "magic"], 2, ["no solver is called 'magic'", "local_search"]),
         (["--gpus", 4, "--max-imbalance", "0.9"], 2, ["1 or more"]),
         (["--gpus", 4, "--max-imbalance", "nan"], 2, ["1 or more"]),

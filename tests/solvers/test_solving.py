@@ -52,6 +52,14 @@ def test_missing_arrays_are_named(fake):
         solve(tiny(), "fake")
 
 
+@pytest.mark.parametrize("solver", ["contiguous", "eplb", "exflow:scip", "grace_moe", "pairwise"])
+def test_restrictions_that_a_solver_does_not_know_are_refused(solver):
+    problem = make_problem(topic_tokens(0, num_layers=2), 16, 4, 5)
+    pinned = replace(problem, pinned=np.full((2, 16), -1))
+    with pytest.raises(ValueError, match=f"'{solver}' does not know pinned and max_moves"):
+        solve(replace(pinned, current=np.zeros((2, 20), np.int64), max_moves=3), solver)
+
+
 def test_two_budgets_are_one_too_many():
     with pytest.raises(ValueError, match="not both"):
         solve(tiny(), "contiguous", time_limit=1, budget=Budget(1))
