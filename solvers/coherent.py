@@ -103,7 +103,7 @@ class Search:
     ) -> Visited:
         """One anneal from `placement`, as far as the budget allows."""
         problem, layers = self.problem, self.layers
-        steps = max(1, 600 * max(32, problem.num_experts) // SWEEPS)
+        steps = max(1, layers.proposals // SWEEPS)
         ratio = (COLD * FIRST_HEAT / hot) ** (1 / SWEEPS)
         for sweep in range(SWEEPS):
             for parity in (0, 1):

@@ -14,6 +14,9 @@ from solvers.problem import Problem
 # A proposal with replicas costs several times one without; fewer tokens do.
 REPLICA_TOKENS = 16384
 
+# Times as many proposals as usual; benchmarks raise it to see what they would bring.
+EFFORT = 1
+
 Words = NDArray[np.uint64]
 Slots = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -148,6 +151,11 @@ class Layers:
         if tokens is None:
             return 0.0
         return float((tokens >= 0).sum(axis=2).mean()) / self.problem.num_experts
+
+    @property
+    def proposals(self) -> int:
+        """Of a long anneal of one layer."""
+        return EFFORT * 600 * max(32, self.problem.num_experts)
 
     def uniform_prices(self, imbalance: float, move: float = 0.0) -> Prices:
         """Every workload alike."""

@@ -86,7 +86,7 @@ class Search:
         if problem.max_moves is not None:
             moves = [share * self.layers.token_share for share in MOVE_LADDER]
         wanted = [self.layers.uniform_prices(mu, move) for mu in ladder for move in moves]
-        self.extend(wanted, self.proposals // 4)
+        self.extend(wanted, self.layers.proposals // 4)
 
     def borrow(self) -> None:
         """What published methods make of the replicas, to go on from."""
@@ -103,11 +103,6 @@ class Search:
             for layer, slots in enumerate(placement):
                 width = problem.slots_per_rank
                 self.pools[layer].append(self.layers.candidate(layer, slots, width))
-
-    @property
-    def proposals(self) -> int:
-        """Of a long anneal of one layer."""
-        return 600 * max(32, self.problem.num_experts)
 
     def favourite(self, layer: int, width: int, price: Prices) -> Slots:
         """The slots of the candidate that is worth most at a price."""
@@ -155,7 +150,7 @@ class Search:
             settled = prices(self.pools, self.problem, cap)
             dear = sum(settled.imbalance) > cap.floor
             wanted |= dict.fromkeys(settled.scaled(f) for f in (around if dear else (1.0,)))
-        self.extend(list(wanted), self.proposals, warm=warm)
+        self.extend(list(wanted), self.layers.proposals, warm=warm)
 
     def placement(self, caps: Caps) -> list[Slots]:
         """The best choice so far."""
