@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from solvers.problem import Problem
 
-# A proposal with replicas costs several times one without; fewer tokens do.
-REPLICA_TOKENS = 16384
+# Tokens that the anneals see; a proposal with replicas costs several times one without. What they
+# end with is judged on all of the problem's tokens.
+MOST_TOKENS, REPLICA_TOKENS = 32768, 16384
 
 # Times as many proposals as usual; benchmarks raise it to see what they would bring.
 EFFORT = 1
@@ -378,9 +379,8 @@ def prepare(problem: Problem) -> Layers:
         none = [np.zeros((num_experts + 1, 0), np.uint64)] * num_layers
         zero = np.zeros(problem.num_workloads + 1, np.int64)
         return Layers(problem, none, none, zero, zero[1:])
-    stride = 1
-    if problem.num_slots > num_experts and problem.dispatch == "alltoall":
-        stride = -(-len(problem.tokens) // REPLICA_TOKENS)
+    replicates = problem.num_slots > num_experts and problem.dispatch == "alltoall"
+    stride = -(-len(problem.tokens) // (REPLICA_TOKENS if replicates else MOST_TOKENS))
     workload = problem.token_workload[::stride]
     kept = np.argsort(workload, kind="stable")
     num_tokens = np.bincount(workload, minlength=problem.num_workloads)

@@ -22,7 +22,7 @@ from placer.trace.model import Trace
 from placer.trace.source import TraceSource
 from placer.trace.split import scramble
 
-FOLDS = 4
+FOLDS = 3
 LEAST_REQUESTS = 8  # of a fold; with fewer, the maximum is noise
 BATCH_TOKENS = 256
 MOST_BATCHES = 48

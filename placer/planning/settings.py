@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MAX_IMBALANCE = 1.10
 DEFAULT_NODE_WEIGHT = 4.0
-PROFILE_TOKENS = 32768
+PROFILE_TOKENS = 65536
 CAPPED_SOLVERS = ("auto", "local_search")
 
 BalanceOver = Literal["requests", "batches", "workloads", "trace"]
