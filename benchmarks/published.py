@@ -25,7 +25,6 @@ import solvers
 from placer.errors import PlacerError
 from placer.evaluation import evaluate
 from placer.planning import (
-    CAPPED_SOLVERS,
     Parts,
     Settings,
     build_problem,
@@ -150,8 +149,9 @@ def table(points: Sequence[Point]) -> str:
 
 
 def published() -> list[str]:
-    """The methods that are not placer's."""
-    return [name for name in solvers.names() if name not in (*CAPPED_SOLVERS, "exflow_pulp")]
+    """The methods that are not placer's; exflow_pulp is exflow with another back end."""
+    names = [name for name in solvers.names() if solvers.get(name).source != "placer"]
+    return [name for name in names if name != "exflow_pulp"]
 
 
 def main() -> None:
