@@ -244,7 +244,9 @@ def _scip(program: IntegerProgram, start: Point, effort: float, budget: Budget) 
     exact = pywraplp.MPSolverParameters()
     exact.SetDoubleParam(exact.RELATIVE_MIP_GAP, 0.0)
     nodes = max(1, round(_NODES_PER_EFFORT * effort))
-    solver.SetSolverSpecificParametersAsString(f"limits/nodes = {nodes}\n")
+    solver.SetSolverSpecificParametersAsString(
+        f"limits/nodes = {nodes}\nmisc/catchctrlc = FALSE\n"  # Ctrl-C is for `solve` to see
+    )
     status = _run_interruptibly(lambda: solver.Solve(exact), solver.InterruptSolve, budget)
     bound = objective.BestBound()
     upper_bound = float(bound) if abs(bound) < 1e15 else None

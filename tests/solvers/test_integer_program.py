@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 import subprocess
 import sys
 
@@ -76,9 +77,8 @@ def test_a_start_that_costs_something_is_not_called_optimal(backend):
     assert (answer.values[6], answer.optimal) == (2, True)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_no_back_end_answers_with_less_than_it_began_with(backend):
-    """A budget that is over at once leaves the point to begin with, or a better one."""
+def hard_program() -> tuple[IntegerProgram, np.ndarray]:
+    """A knapsack with many rows, and a point of it; no back end proves it in seconds."""
     rng = np.random.default_rng(0)
     program = IntegerProgram()
     x = program.binaries(120)
@@ -87,12 +87,46 @@ def test_no_back_end_answers_with_less_than_it_began_with(backend):
     program.maximise({v: int(w) for v, w in zip(x, rng.integers(1, 50, 120), strict=True)})
     start = np.zeros(120, np.int64)
     start[:5] = 1
+    return program, start
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_back_end_answers_with_less_than_it_began_with(backend):
+    """A budget that is over at once leaves the point to begin with, or a better one."""
+    program, start = hard_program()
     budget = Budget()
     budget.stop()
     answer = solve(program, backend, start, effort=0.2, budget=budget)
     assert program.is_feasible(answer.values)
     assert program.value(answer.values) >= program.value(start)
     assert answer.upper_bound is None or answer.upper_bound >= program.value(answer.values)
+
+
+class Interrupting(Budget):
+    """The tenth time that it is asked, while the back end runs, somebody presses Ctrl-C."""
+
+    times = 0
+
+    def expired(self) -> bool:
+        self.times += 1
+        if self.times == 10:
+            signal.raise_signal(signal.SIGINT)
+        return super().expired()
+
+
+@pytest.mark.parametrize("backend", ["cp_sat", "scip"])
+def test_no_back_end_keeps_an_interrupt_to_itself(backend):
+    """SCIP takes Ctrl-C for its own unless told otherwise, and the solver went on."""
+    program, start = hard_program()
+    budget = Interrupting()
+    before = signal.signal(signal.SIGINT, lambda *_: budget.stop())
+    try:
+        answer = solve(program, backend, start, effort=5.0, budget=budget)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert budget.interrupted
+    assert not answer.optimal
+    assert program.value(answer.values) >= program.value(start)
 
 
 def test_the_default_back_end_repeats_itself():
