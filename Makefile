@@ -58,15 +58,16 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-
-
 test-netlab: $(READY)  ## several nodes on this machine; as root, with iproute2
 	$(BIN)/python -m pytest -m netlab tests/netlab
 
 check: lint types test  ## what .ci/run runs
 
+# synthetic.py makes traces for the others; vllm_capture_overhead.py needs .venv-vllm.
+BENCHMARKS := $(filter-out benchmarks/synthetic.py benchmarks/vllm_capture_overhead.py,$(wildcard benchmarks/*.py))
+
 bench: $(READY)  ## every benchmark, ratios against a peer or a bound
-	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+	for file in $(BENCHMARKS); do $(BIN)/python $$file || exit 1; done
 
 WORKLOADS := $(basename $(notdir $(wildcard examples/prompts/*.jsonl)))
 
