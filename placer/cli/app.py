@@ -75,6 +75,7 @@ def _register() -> None:
     from placer.cli import (
         analyze,
         applying,
+        benching,
         calibrate,
         certify,
         compare,
@@ -93,7 +94,7 @@ def _register() -> None:
 
     for module in (
         demo, tracing, importing, inspecting, analyze, solve, evaluate, certify, compare, sweep,
-        reporting, exporting, applying, model, calibrate, doctor,
+        reporting, exporting, applying, benching, model, calibrate, doctor,
     ):  # fmt: skip
         module.register(app)
 

@@ -144,7 +144,7 @@ def _generate(
     seconds = {"prefill_seconds": 0.0, "decode_seconds": 0.0}
     if not job.prompts:
         return [], seconds
-    tokenizer = _tokenizer(job.folder)
+    tokenizer = tokenizer_of(job.folder)
     ids = [prompt_tokens(prompt, tokenizer, i) for i, prompt in enumerate(job.prompts)]
     stops = _stop_tokens(source.layout.model)
     made: list[Sequence[int]] = []
@@ -166,7 +166,12 @@ def _generate(
     return requests, seconds
 
 
-def _tokenizer(folder: Path) -> Any:
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer that is stored with a checkpoint.
+
+    Raises:
+        UsageError: there is none that can be loaded.
+    """
     import transformers
 
     try:

@@ -39,9 +39,11 @@ class Recorder:
 
     Attributes:
         fragments: what was kept.
+        is_on: false to keep nothing for a while, where time is measured.
     """
 
     fragments: list[Fragment] = field(default_factory=list)
+    is_on: bool = True
 
     def add(
         self,
@@ -53,6 +55,8 @@ class Recorder:
         weights: Tensor,
     ) -> None:
         """Keep the routing of n tokens."""
+        if not self.is_on:
+            return
         ids = experts.detach().to("cpu").numpy().astype(np.int64)
         values = weights.detach().to("cpu").float().numpy()
         self.fragments.append(Fragment(step, layer, request, position, ids, values))

@@ -1,0 +1,144 @@
+"""What a bench measured, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import RenderableType
+from rich.markup import escape
+
+from placer.report.tables import plain_table, titled
+
+_LINKS = {"same_rank": "same rank", "same_node": "same node", "other_node": "other node"}
+_PARTS = ("dispatch", "compute", "combine")
+
+
+def bench_lines(document: Mapping[str, Any]) -> list[RenderableType]:
+    """For people."""
+    lines: list[RenderableType] = [
+        f"[bold]{escape(document['plan'])}[/] on {escape(document['model'])}: "
+        f"{document['num_ranks']} ranks, {document['ranks_per_node']} per node, "
+        f"{document['dispatch']} dispatch; {document['requests']} requests, "
+        f"{document['prompt_tokens']:,} prompt tokens, {document['max_new_tokens']} new each; "
+        f"{document['repeats']} repeats in turn after {document['warm_ups']} warm-up(s)",
+    ]
+    lines += _speed(document)
+    lines += _times(document)
+    lines += _traffic(document)
+    lines += _layers(document)
+    lines += _promised(document)
+    return lines
+
+
+def _speed(document: Mapping[str, Any]) -> list[RenderableType]:
+    table = plain_table()
+    for name in ("placement", "tokens/s", "range", "plan is faster by", "range", "predicted",
+                 "error"):  # fmt: skip
+        table.add_column(name, justify="left" if name == "placement" else "right")
+    for name, arm in document["arms"].items():
+        measured, factor = arm["measured"], arm.get("plan_against_it")
+        row = [escape(name), f"{measured['tokens_per_second']:.2f}",
+               _range(measured["tokens_per_second_range"])]  # fmt: skip
+        if factor:
+            row += [f"{factor['measured']:.3f}x", _range(factor["measured_range"], 3)]
+            if factor["predicted"] is not None:
+                row += [f"{factor['predicted']:.3f}x", f"{factor['error']:+.1%}"]
+        table.add_row(*row)
+    caption = (
+        "measured: generated tokens / wall time, medians, and of the ratio within a repeat; "
+        "predicted: modelled time of the experts' layers plus the measured rest of "
+        f"{document['rest_seconds']:.2f} s"
+        if document["cluster"]
+        else "measured: medians; give --cluster for what the cost model predicts"
+    )
+    return titled("speed", table, caption)
+
+
+def _times(document: Mapping[str, Any]) -> list[RenderableType]:
+    table = plain_table()
+    for name in ("placement", *_PARTS, "experts' layers", "rest", "wall"):
+        table.add_column(name, justify="left" if name == "placement" else "right")
+    for name, arm in document["arms"].items():
+        measured, predicted, error = arm["measured"], arm["predicted"]["seconds"], arm["error"]
+        times = measured["seconds"]
+        layers = sum(times[part] for part in _PARTS)
+        table.add_row(
+            escape(name), *(f"{times[part]:.3f}" for part in _PARTS), f"{layers:.3f}",
+            f"{times['rest']:.3f}", f"{measured['wall_seconds']:.3f}",
+        )  # fmt: skip
+        if predicted is None or error is None:
+            continue
+        modelled = [predicted[part] for part in _PARTS]
+        modelled.append(sum(modelled))
+        of = [error[part] for part in (*_PARTS, "moe_layers")]
+        table.add_row(
+            "[dim]  modelled[/]", *(f"[dim]{value:.3f} ({off:+.0%})[/]"
+                                    for value, off in zip(modelled, of, strict=True)),
+            "", f"[dim]({error['wall']:+.0%})[/]",
+        )  # fmt: skip
+    caption = "seconds, mean over ranks, waiting for other ranks included; in brackets: the error"
+    return titled("times", table, caption)
+
+
+def _traffic(document: Mapping[str, Any]) -> list[RenderableType]:
+    table = plain_table()
+    for name in ("placement", *(f"messages, {text}" for text in _LINKS.values()),
+                 "MB, same node", "MB, other node", "imbalance", "as replayed"):  # fmt: skip
+        table.add_column(name, justify="left" if name == "placement" else "right")
+    for name, arm in document["arms"].items():
+        measured = arm["measured"]
+        exact = all(arm["exact"].values())
+        table.add_row(
+            escape(name),
+            *(f"{measured['messages'][link]:,}" for link in _LINKS),
+            *(f"{measured['hidden_bytes'][link] / 1e6:.3f}" for link in ("same_node",
+                                                                        "other_node")),
+            f"{measured['imbalance']:.3f}",
+            "[green]exactly[/]" if exact else "[red]no[/]",
+        )  # fmt: skip
+    caption = (
+        "counted by all ranks in one repeat, there and back; bytes of hidden states alone; as "
+        "replayed: messages, bytes and pairs of every link, layer and rank are the replay's"
+    )
+    return titled("sent", table, caption)
+
+
+def _layers(document: Mapping[str, Any]) -> list[RenderableType]:
+    table = plain_table()
+    table.add_column("layer", justify="right")
+    for name in document["arms"]:
+        table.add_column(escape(name), justify="right")
+    arms = document["arms"].values()
+    count = len(next(iter(arms))["measured"]["seconds_by_layer"]["dispatch"])
+    for i in range(count):
+        table.add_row(
+            str(i),
+            *(
+                " / ".join(f"{1e3 * arm['measured']['seconds_by_layer'][p][i]:.0f}" for p in _PARTS)
+                for arm in arms
+            ),
+        )
+    return titled("by MoE layer", table, "measured milliseconds: dispatch / compute / combine")
+
+
+def _promised(document: Mapping[str, Any]) -> list[RenderableType]:
+    lines: list[RenderableType] = []
+    promised = document["plan_prediction"]
+    if promised is not None:
+        lines.append(
+            f"the plan promised {promised['value']:.3f} messages per token and layer "
+            f"({promised['scope']}); measured here: {promised['measured']:.3f} "
+            f"({promised['error']:+.1%})"
+        )
+    others = [n for n, arm in document["arms"].items() if not arm["same_tokens_as_plan"]]
+    if others:
+        lines.append(
+            f"[yellow]other tokens were generated than under the plan (rounding):[/] "
+            f"{escape(', '.join(others))}"
+        )
+    return lines
+
+
+def _range(values: list[float], digits: int = 2) -> str:
+    return f"{values[0]:.{digits}f}–{values[1]:.{digits}f}"

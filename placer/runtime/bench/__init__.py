@@ -1,0 +1,1 @@
+"""Measuring plans in the runtime, beside what the cost model says of the same tokens."""

@@ -1,0 +1,182 @@
+"""A bench's document: medians over repeats, predictions beside them, and how far off they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+from placer import __version__
+from placer.runtime.bench.job import BenchJob
+
+FORMAT = "placer.bench"
+SCHEMA_VERSION = 1
+PARTS = ("dispatch", "compute", "combine", "rest")
+_MODELLED = ("dispatch", "compute", "combine")
+_COUNTS = ("messages", "hidden_bytes", "pairs")
+_ALSO_COUNTED = ("routing_bytes", "kv_bytes", "control_bytes", "collectives", "imbalance")
+
+Measured = dict[str, Any]
+
+
+def put_together(
+    job: BenchJob,
+    recorded: dict[str, tuple[Measured, dict[str, Any]]],
+    repeats: Sequence[dict[str, Measured]],
+    num_new: int,
+) -> dict[str, Any]:
+    """The document.
+
+    Args:
+        job: what was asked for.
+        recorded: arm -> what its recorded warm-up counted, and what is predicted for its tokens.
+        repeats: each arm -> what was measured.
+        num_new: repeats that were made by this run; the others were found.
+    """
+    names = [arm.name for arm in job.arms]
+    # what is not experts' work is the same for all arms, so it is taken over all of them
+    rest = median(repeat[name]["seconds"]["rest"] for repeat in repeats for name in names)
+    arms = {}
+    for name in names:
+        runs = [repeat[name] for repeat in repeats]
+        arms[name] = _arm(runs, *recorded[name], rest)
+    for name in names[1:]:
+        arms[name]["plan_against_it"] = _factor(
+            arms["plan"], arms[name], [r["plan"] for r in repeats], [r[name] for r in repeats], rest
+        )
+    first = repeats[0]["plan"]["tokens"]
+    for name in names:
+        arms[name]["same_tokens_as_plan"] = repeats[0][name]["tokens"] == first
+    return {
+        "format": FORMAT,
+        "schema_version": SCHEMA_VERSION,
+        "version": __version__,
+        "plan": job.plan_name,
+        **{key: value for key, value in job.settings().items() if key != "arms"},
+        "prompt_tokens": recorded["plan"][1]["tokens"]
+        - len(job.prompts) * (job.max_new_tokens - 1),
+        "repeats": len(repeats),
+        "repeats_made_now": num_new,
+        "warm_ups": job.warm_ups,
+        "cluster": None if job.cluster is None else job.cluster.name,
+        "rest_seconds": rest,
+        "plan_prediction": _own_prediction(job, repeats[0]["plan"], recorded["plan"][1]["tokens"]),
+        "arms": arms,
+    }
+
+
+def _arm(
+    runs: Sequence[Measured], warm: Measured, predicted: dict[str, Any], rest: float
+) -> dict[str, Any]:
+    middle = {
+        key: median(run[key] for run in runs)
+        for key in ("tokens_per_second", "wall_seconds", "prefill_seconds", "decode_seconds")
+    }
+    rates = [run["tokens_per_second"] for run in runs]
+    seconds = {part: median(run["seconds"][part] for run in runs) for part in PARTS}
+    layers = {
+        part: [
+            median(layer)
+            for layer in zip(*(run["seconds_by_layer"][part] for run in runs), strict=True)
+        ]
+        for part in _MODELLED
+    }
+    measured = {
+        **middle,
+        "tokens_per_second_range": [min(rates), max(rates)],
+        "seconds": seconds,
+        "seconds_by_layer": layers,
+        **{key: runs[0][key] for key in (*_COUNTS, *_ALSO_COUNTED)},
+    }
+    return {
+        "measured": measured,
+        "predicted": predicted,
+        "repeats_counted_the_same": all(
+            run[key] == warm[key] for run in runs for key in (*_COUNTS, "tokens")
+        ),
+        "exact": {key: _agrees(measured[key], predicted[key]) for key in _COUNTS},
+        "error": _errors(measured, predicted, rest),
+    }
+
+
+def _agrees(measured: Any, predicted: Any) -> bool:
+    """Whether all that is predicted was counted."""
+    if isinstance(predicted, dict):
+        return all(measured[key] == value for key, value in predicted.items())
+    return bool(measured == predicted)
+
+
+def _errors(measured: Measured, predicted: dict[str, Any], rest: float) -> dict[str, float] | None:
+    """(predicted - measured) / measured of each part, of the experts' layers, of all."""
+    if predicted["seconds"] is None:
+        return None
+    found = {
+        part: _relative(predicted["seconds"][part], measured["seconds"][part]) for part in _MODELLED
+    }
+    layers = sum(measured["seconds"][part] for part in _MODELLED)
+    modelled = sum(predicted["seconds"][part] for part in _MODELLED)
+    found["moe_layers"] = _relative(modelled, layers)
+    found["wall"] = _relative(modelled + predicted["seconds"]["kv"] + rest,
+                              measured["wall_seconds"])  # fmt: skip
+    return found
+
+
+def _relative(predicted: float, measured: float) -> float:
+    return predicted / measured - 1
+
+
+def _factor(
+    plan: dict[str, Any],
+    other: dict[str, Any],
+    plan_runs: Sequence[Measured],
+    other_runs: Sequence[Measured],
+    rest: float,
+) -> dict[str, Any]:
+    """How many times the other's tokens per second the plan makes; repeats are compared in pairs.
+
+    `predicted` adds the measured `rest` to the modelled time of either; `predicted_moe_layers` is
+    of the modelled time alone.
+    """
+    ratios = [
+        a["tokens_per_second"] / b["tokens_per_second"]
+        for a, b in zip(plan_runs, other_runs, strict=True)
+    ]
+    layers = [_layers_of(b) / _layers_of(a) for a, b in zip(plan_runs, other_runs, strict=True)]
+    found: dict[str, Any] = {
+        "measured": median(ratios),
+        "measured_range": [min(ratios), max(ratios)],
+        "measured_moe_layers": median(layers),
+        "predicted": None,
+        "predicted_moe_layers": None,
+        "error": None,
+    }
+    ours, theirs = plan["predicted"]["seconds"], other["predicted"]["seconds"]
+    if ours is not None and theirs is not None:
+        found["predicted"] = (sum(theirs.values()) + rest) / (sum(ours.values()) + rest)
+        found["predicted_moe_layers"] = sum(theirs.values()) / sum(ours.values())
+        found["error"] = _relative(found["predicted"], found["measured"])
+    return found
+
+
+def _layers_of(run: Measured) -> float:
+    return sum(float(run["seconds"][part]) for part in _MODELLED)
+
+
+def _own_prediction(job: BenchJob, measured: Measured, tokens: int) -> dict[str, Any] | None:
+    """What the plan promised of tokens that it was not fitted to, beside what was measured.
+
+    Only for messages under `alltoall` without node-level copies, whose definition is the counters'.
+    """
+    metrics = job.plan.prediction.get("metrics", {})
+    if job.dispatch != "alltoall" or job.deduplicate_nodes or "messages_alltoall" not in metrics:
+        return None
+    promised = metrics["messages_alltoall"]
+    sent = measured["dispatch_messages"]
+    found = (sent["same_node"] + sent["other_node"]) / (tokens * job.plan.placement.num_layers)
+    return {
+        "metric": "messages_alltoall",
+        "scope": job.plan.prediction.get("scope"),
+        **{key: promised.get(key) for key in ("value", "low", "high")},
+        "measured": found,
+        "error": _relative(promised["value"], found),
+    }

@@ -1,0 +1,136 @@
+"""`placer bench`: real processes for what it measures, none for what it refuses."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from placer.placement import Placement, contiguous
+from placer.plan import Plan, write_plan
+
+from .running import fails, succeeds
+
+MODEL = Path(__file__).resolve().parents[2] / "examples" / "model"
+PROMPTS = ("def main", "The", "int x")
+pytestmark = pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("torch", "transformers")),
+    reason="needs the trace extra",
+)
+
+
+def plan_for(folder: Path, *, reverse: bool = False, num_ranks: int = 2) -> Path:
+    """A plan for nodes of 1 rank; contiguous, or every expert where the last ones were."""
+    table = contiguous(8, 32, num_ranks, 32 // num_ranks, 1).physical_to_logical
+    if reverse:
+        table = np.roll(table, 7, axis=1)
+    path = folder / ("moved.json" if reverse else f"plan-{num_ranks}.json")
+    write_plan(Plan(Placement(table, 32, num_ranks, 1), tuple(range(8))), path, force=True)
+    return path
+
+
+def arguments(plan: Path, *more: object) -> list[object]:
+    given: list[object] = ["bench", plan, "--model", MODEL, "--dtype", "float32"]
+    for prompt in PROMPTS:
+        given += ["--prompt", prompt]
+    return [*given, "--max-new-tokens", 3, "--batch-size", 2, *more]
+
+
+@pytest.fixture(scope="module")
+def benched(tmp_path_factory):
+    """Folder, and the document of 2 repeats; then 3 were asked for, of the same folder."""
+    folder = tmp_path_factory.mktemp("bench")
+    plan, other = plan_for(folder, reverse=True), plan_for(folder)
+    common = ("--baseline", "contiguous", "--baseline", other, "-o", folder / "kept", "--json")
+    cluster = ("--cluster", "local-cpu")
+    first = succeeds(*arguments(plan, "--repeats", 2, *cluster, *common)).document()
+    kept = {path.name: path.read_bytes() for path in (folder / "kept").iterdir()}
+    more = succeeds(*arguments(plan, "--repeats", 3, *common)).document()
+    return folder, first, kept, more
+
+
+def test_what_is_counted_is_what_the_replay_predicts(benched):
+    _, document, _, _ = benched
+    assert list(document["arms"])[:2] == ["plan", "contiguous"]
+    for arm in document["arms"].values():
+        assert arm["exact"] == {"messages": True, "hidden_bytes": True, "pairs": True}
+        assert arm["repeats_counted_the_same"]
+        assert arm["same_tokens_as_plan"]
+        measured = arm["measured"]
+        assert measured["messages"]["other_node"] > 0
+        assert measured["messages"]["same_node"] == 0
+        assert measured["hidden_bytes"]["other_node"] == measured["messages"]["other_node"] * 512
+    plan, base = (document["arms"][name]["measured"] for name in ("plan", "contiguous"))
+    assert plan["pairs"] != base["pairs"]
+
+
+def test_equal_placements_count_the_same(benched):
+    folder, document, _, _ = benched
+    one, other = (document["arms"][name] for name in ("contiguous", str(folder / "plan-2.json")))
+    for key in ("messages", "pairs", "imbalance"):
+        assert one["measured"][key] == other["measured"][key]
+    assert one["predicted"] == other["predicted"]
+
+
+def test_times_add_up_and_predictions_stand_beside_them(benched):
+    _, document, _, _ = benched
+    for arm in document["arms"].values():
+        measured, error = arm["measured"], arm["error"]
+        for part in ("dispatch", "compute", "combine"):
+            assert len(measured["seconds_by_layer"][part]) == 8
+            modelled = arm["predicted"]["seconds"][part]
+            assert modelled / measured["seconds"][part] - 1 == pytest.approx(error[part])
+            assert sum(arm["predicted"]["seconds_by_layer"][part]) == pytest.approx(modelled)
+    factor = document["arms"]["contiguous"]["plan_against_it"]
+    assert factor["measured_range"][0] <= factor["measured"] <= factor["measured_range"][1]
+    assert factor["predicted"] / factor["measured"] - 1 == pytest.approx(factor["error"])
+
+
+def test_a_bench_goes_on_where_it_was(benched):
+    folder, document, kept, more = benched
+    assert sorted(kept) == ["repeat-000.json", "repeat-001.json"]
+    assert (document["repeats_made_now"], more["repeats_made_now"]) == (2, 1)
+    assert more["repeats"] == 3
+    for name, content in kept.items():
+        assert (folder / "kept" / name).read_bytes() == content
+    rates = [
+        json.loads(path.read_text())["arms"]["plan"]["tokens_per_second"]
+        for path in (folder / "kept").iterdir()
+    ]
+    assert more["arms"]["plan"]["measured"]["tokens_per_second"] == sorted(rates)[1]
+    assert more["arms"]["plan"]["error"] is None  # no --cluster, no times
+
+
+def test_every_repeat_starts_with_another_arm(benched):
+    _, _, kept, _ = benched
+    first = [next(iter(json.loads(kept[name])["arms"])) for name in sorted(kept)]
+    assert first == ["plan", "contiguous"]
+
+
+def test_a_bench_of_other_settings_is_refused_and_shown_for_people(benched):
+    folder, *_ = benched
+    plan = folder / "moved.json"
+    other = fails(2, folder, *arguments(plan, "--batch-size", 3, "-o", folder / "kept"), hint=True)
+    assert "batch_size" in other
+
+
+def test_people_see_a_table(tmp_path):
+    shown = succeeds(*arguments(plan_for(tmp_path, num_ranks=1), "--repeats", 1)).stdout
+    for text in ("speed", "times", "sent", "by MoE layer", "exactly", "1 ranks"):
+        assert text in shown
+
+
+def test_what_cannot_be_measured_is_refused(tmp_path):
+    plan = plan_for(tmp_path)
+    assert "nothing to generate" in fails(2, tmp_path, "bench", plan, "--model", MODEL)
+    missing = tmp_path / "none.json"
+    assert "does not exist" in fails(5, tmp_path, *arguments(missing), hint=False)
+    assert "--trace" in fails(2, tmp_path, *arguments(plan, "--baseline", "eplb"))
+    assert "no baseline" in fails(2, tmp_path, *arguments(plan, "--baseline", "nonsense"))
+    twice = ("--baseline", "contiguous", "--baseline", "contiguous")
+    assert "twice" in fails(2, tmp_path, *arguments(plan, *twice), hint=False)
+    other = plan_for(tmp_path, num_ranks=4)
+    assert "4 ranks" in fails(2, tmp_path, *arguments(plan, "--baseline", other))
