@@ -92,9 +92,14 @@ def cap_warnings(plan: Plan, settings: Settings) -> list[str]:
     cap, reached = settings.max_imbalance, solvers.capped_imbalance(plan.certificate["parts"])
     if not settings.cap_is_default or cap is None or reached <= cap:
         return []
+    when, way_out = "", "--slots-per-rank for replicas brings it down"
+    if plan.certificate["termination"] == "time_limit":
+        when, way_out = " within the time limit", "give a longer --time-limit"
+    elif plan.certificate["termination"] == "interrupted":
+        when, way_out = " before Ctrl-C", "let the search go on for longer"
     return [
-        f"the default cap on imbalance, {cap:.2f}, could not be kept: this plan has {reached:.3f} "
-        "on the tokens it was fitted to (--slots-per-rank for replicas brings it down)"
+        f"the default cap on imbalance, {cap:.2f}, could not be kept{when}: this plan has "
+        f"{reached:.3f} on the tokens it was fitted to ({way_out})"
     ]
 
 

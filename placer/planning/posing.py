@@ -115,7 +115,9 @@ def build_problem(source: TraceSource, settings: Settings, progress: Progress) -
             rank_speed=None if cluster is None else rank_speed(cluster),
             rank_slots=room,
             slot_budget=settings.slot_budget,
-            pinned=pinned(settings.pins, source.layer_ids.tolist(), source.num_experts),
+            pinned=pinned(
+                settings.pins, source.layer_ids.tolist(), source.num_experts, settings.num_ranks
+            ),
             current=current(settings, source, slots),
             max_moves=settings.max_moves,
             link_cost=None if cluster is None else link_cost(cluster),
@@ -159,7 +161,9 @@ def _tokens(source: TraceSource, settings: Settings) -> tuple[_Sample, Scenarios
     return _Sample(trace, batch, scenario), scenarios
 
 
-def pinned(pins: Sequence[str], layer_ids: list[int], num_experts: int) -> NDArray[np.int64] | None:
+def pinned(
+    pins: Sequence[str], layer_ids: list[int], num_experts: int, num_ranks: int
+) -> NDArray[np.int64] | None:
     """[L, E] rank of each pin, -1 elsewhere; None without pins.
 
     Args:
@@ -167,7 +171,8 @@ def pinned(pins: Sequence[str], layer_ids: list[int], num_experts: int) -> NDArr
         layer_ids: [L] real layer numbers.
 
     Raises:
-        UsageError: a pin that cannot be read, or names no layer or expert of the model.
+        UsageError: a pin that cannot be read, names no layer, expert or rank of the plan, or
+            contradicts an earlier one.
     """
     if not pins:
         return None
@@ -179,12 +184,17 @@ def pinned(pins: Sequence[str], layer_ids: list[int], num_experts: int) -> NDArr
         layer, expert, rank = match.groups()
         if int(expert) >= num_experts:
             raise UsageError(f"the pin {pin!r} names an expert beyond 0..{num_experts - 1}")
-        if layer is None:
-            table[:, int(expert)] = int(rank)
-        elif int(layer) not in layer_ids:
+        if int(rank) >= num_ranks:
+            raise UsageError(f"the pin {pin!r} names a rank beyond 0..{num_ranks - 1}")
+        if layer is not None and int(layer) not in layer_ids:
             raise UsageError(f"the pin {pin!r} names a layer that the trace lacks")
-        else:
-            table[layer_ids.index(int(layer)), int(expert)] = int(rank)
+        rows = slice(None) if layer is None else [layer_ids.index(int(layer))]
+        if not np.isin(table[rows, int(expert)], (-1, int(rank))).all():
+            raise UsageError(
+                f"the pin {pin!r} contradicts another one: they name two ranks for expert {expert}",
+                "an expert can be pinned to one rank per layer",
+            )
+        table[rows, int(expert)] = int(rank)
     return table
 
 

@@ -17,6 +17,7 @@ from placer.planning import (
     DEFAULT_NODE_WEIGHT,
     Settings,
     build_problem,
+    cap_warnings,
     judging_part,
     make_plan,
     prices,
@@ -219,6 +220,24 @@ def test_a_broken_cap_means_what_ended_the_search(trace, ending, termination, ex
     with pytest.raises(expected, match=r"imbalance at most 1\.01") as caught:
         make_plan([source_of(trace)], settings)
     assert caught.value.exit_code == exit_code
+
+
+@pytest.mark.parametrize(
+    ("termination", "said", "unsaid"),
+    [
+        ("finished", "--slots-per-rank", "--time-limit"),
+        ("time_limit", "within the time limit", "--slots-per-rank"),
+        ("interrupted", "before Ctrl-C", "--slots-per-rank"),
+    ],
+)
+def test_a_broken_default_cap_is_blamed_on_what_ended_the_search(
+    trace, ending, termination, said, unsaid
+):
+    ending(termination=termination)
+    settings = Settings(num_ranks=4, solver="contiguous", max_imbalance=1.01, cap_is_default=True)
+    (warning,) = cap_warnings(make_plan([source_of(trace)], settings), settings)
+    assert said in warning
+    assert unsaid not in warning
 
 
 def test_every_request_of_a_batch_is_sampled_whatever_the_stride():

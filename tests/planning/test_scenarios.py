@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import topic_trace
 
-from placer.errors import InfeasibleError, UsageError
+from placer.errors import UsageError
 from placer.planning import Settings, build_problem, make_plan, split_sources
 from placer.planning.posing import pinned
 from placer.planning.scenarios import batch_scenarios, request_scenarios, workloads_of
@@ -141,17 +141,25 @@ def test_robust_and_batches_exclude_each_other(source):
 
 
 def test_pins_are_read_by_real_layer_numbers():
-    table = pinned(["3@1", "12: 5@0"], [11, 12], 8)
+    table = pinned(["3@1", "12: 5@0"], [11, 12], 8, 4)
     expected = np.full((2, 8), -1)
     expected[:, 3] = 1
     expected[1, 5] = 0
     assert (table == expected).all()
-    assert pinned([], [11, 12], 8) is None
+    assert pinned([], [11, 12], 8, 4) is None
     for wrong in ("3", "x@1", "8@0", "9:3@0", "3@-1"):
         with pytest.raises(UsageError, match="pin"):
-            pinned([wrong], [11, 12], 8)
+            pinned([wrong], [11, 12], 8, 4)
 
 
 def test_pins_to_ranks_that_do_not_exist_are_refused(source):
-    with pytest.raises(InfeasibleError, match="pinned ranks must be"):
+    with pytest.raises(UsageError, match=r"'3@4' names a rank beyond 0\.\.3"):
         build_problem(source, Settings(num_ranks=4, pins=("3@4",)), NOTHING)
+
+
+@pytest.mark.parametrize("second", ["3@2", "12:3@0"])
+def test_two_ranks_for_one_expert_are_refused_and_a_repeated_pin_is_not(second):
+    with pytest.raises(UsageError, match="two ranks for expert 3"):
+        pinned(["3@1", second], [11, 12], 8, 4)
+    table = pinned(["3@1", "12:3@1"], [11, 12], 8, 4)
+    assert (table[:, 3] == 1).all()
