@@ -89,7 +89,7 @@ def load_json(path: Path, what: str) -> Any:
         raise BadFileError(f"{path} cannot be read: {error}") from None
     except json.JSONDecodeError as error:
         raise BadFileError(
-            f"{path} is not valid JSON: {error.msg} (line {error.lineno})",
+            f"{path} is not valid JSON: {error}",
             "was the file truncated? make it anew",
         ) from None
     except (ValueError, RecursionError) as error:

@@ -100,6 +100,7 @@ def test_a_file_is_read_back(tmp_path):
     [
         ('{"format": "placer.plan", "schema_ver', "not valid JSON"),
         ("", "not valid JSON"),
+        ('{"format": "placer.pl', "starting at: line 1 column"),
         ("[" * 100_000, "not valid JSON"),
         ('{"format": "placer.plan", "schema_version": 1, "x": NaN}', "NaN"),
         ('{"format": "placer.plan", "schema_version": 1, "x": -Infinity}', "Infinity"),

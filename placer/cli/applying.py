@@ -130,7 +130,9 @@ def several_hosts(placement: Placement, plan: Path, model: Path) -> str:
 def _hint(command: str) -> Any:
     from rich.text import Text
 
-    return Text(f"on several hosts, on each of them: {command}", style="dim")
+    return Text(
+        f"on several hosts, on each of them, with the same other options: {command}", style="dim"
+    )
 
 
 def _run(job: Job, timeout: float, port: int) -> dict[str, Any] | None:

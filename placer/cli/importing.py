@@ -83,7 +83,7 @@ def import_(
         plan_hints = PlanHints(gpus, nodes, num_experts, parse_layer_ids(layer_ids))
         import_plan(file, output, plan_format, plan_hints, force, json_output)
         return
-    if gpus or nodes:
+    if (gpus or nodes) and file.exists():
         raise UsageError(f"--gpus and --nodes are for plans, and {file} is none")
     from placer.engines.importing import import_records
     from placer.engines.records import Hints

@@ -53,7 +53,9 @@ def trace(
     temperature: Annotated[
         float, typer.Option("--temperature", min=0.0, help="Of sampling; 0 = greedy.")
     ] = 0.0,
-    seed: options.Seed = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, help="Of sampling, with --temperature.")
+    ] = 0,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint brings.")
     ] = False,

@@ -93,6 +93,8 @@ def cap_warnings(plan: Plan, settings: Settings) -> list[str]:
     if not settings.cap_is_default or cap is None or reached <= cap:
         return []
     when, way_out = "", "--slots-per-rank for replicas brings it down"
+    if settings.max_moves is not None:
+        way_out = f"{settings.max_moves} moves are too few: a higher --max-moves"
     if plan.certificate["termination"] == "time_limit":
         when, way_out = " within the time limit", "give a longer --time-limit"
     elif plan.certificate["termination"] == "interrupted":

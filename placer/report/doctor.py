@@ -12,9 +12,7 @@ from placer.report.tables import plain_table
 
 def doctor_tables(document: Mapping[str, Any]) -> list[RenderableType]:
     """Versions, devices, solvers."""
-    packages = plain_table(
-        f"placer {document['placer']}, Python {document['python']}, {document['cores']} cores"
-    )
+    packages = plain_table()
     packages.add_column("package")
     packages.add_column("version")
     for name, found in document["packages"].items():
@@ -25,7 +23,10 @@ def doctor_tables(document: Mapping[str, Any]) -> list[RenderableType]:
     for entry in document["solvers"]:
         replicas = "yes" if entry["replicates"] else ""
         solvers.add_row(entry["name"], replicas, entry["source"], entry["summary"])
-    lines: list[RenderableType] = [packages]
+    lines: list[RenderableType] = [
+        f"placer {document['placer']}, Python {document['python']}, {document['cores']} cores",
+        packages,
+    ]
     found = ", ".join(device["name"] for device in document["devices"])
     lines.append(f"CUDA devices: {found or 'none; the CPU works for everything'}")
     lines.append(f"model for the demo: {document['demo_model'] or 'not shipped with this install'}")

@@ -21,6 +21,8 @@ from placer.report.timing import timing_table
 
 BOUNDS_TITLE = "proven on the tokens that the plan was fitted to: no plan is below the bound"
 
+ENDED = {"time_limit": ", ended by the time limit", "interrupted": ", ended by Ctrl-C"}
+
 
 def plan_summary(document: Mapping[str, Any]) -> list[RenderableType]:
     """What a plan file says, from its document; "path" names the file."""
@@ -43,8 +45,13 @@ def plan_summary(document: Mapping[str, Any]) -> list[RenderableType]:
     if certificate:
         seconds = document["timings"].get("solve_s")
         solver = document["provenance"].get("solver", "unknown solver")
-        took = "" if seconds is None else f" ({solver}, {seconds:.1f} s)"
+        ended = ENDED.get(certificate.get("termination"), "")
+        took = "" if seconds is None else f" ({solver}, {seconds:.1f} s{ended})"
         lines.append(certificate_line(certificate) + took)
+        moves = certificate.get("parts", {}).get("moves")
+        if moves is not None:
+            start = escape(str(document["provenance"]["settings"]["start"]))
+            lines.append(f"{moves:.0f} expert copies moved from {start}")
         if len(certificate.get("bounds", [])) > 1:
             lines += titled(BOUNDS_TITLE, bounds_table(certificate["bounds"]))
     return lines

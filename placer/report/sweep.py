@@ -59,7 +59,7 @@ def sweep_table(document: Mapping[str, Any]) -> list[RenderableType]:
     ]
     requests = next((c["result"]["requests"] for c in cells if c["result"]), None)
     plans = len(cells) - sum(refused.values())
-    what = f"{plans} cells, judged on held-out requests"
+    what = f"{plans} cell{'' if plans == 1 else 's'}, judged on held-out requests"
     what += "" if requests is None else f" ({requests:,})"
     lines = titled(
         f"{what}; modelled by replay; {', '.join(fixed)}",

@@ -27,7 +27,10 @@ SHORT = {
 }
 NAMES = SHORT | {
     "imbalance_batches_mean": "imbalance, mean over batches",
+    "imbalance_mixed_batches_mean": "imbalance, mean over mixed batches",
     "balancedness": "balancedness, whole trace",
+    "cross_rank_fraction_per_token": "cross-rank fraction, per token",
+    "cross_node_fraction_per_token": "cross-node fraction, per token",
 }
 NODE_FIGURES = (
     "node_span",
@@ -106,7 +109,7 @@ def evaluation_table(document: Mapping[str, Any], show_all: bool = False) -> lis
         hidden = info.name not in SHORT or (info.name in NODE_FIGURES and not nodes)
         if entry is None or (hidden and not show_all):
             continue
-        cells = [SHORT.get(info.name, info.name), with_interval(entry)]
+        cells = [NAMES.get(info.name, info.name), with_interval(entry)]
         for name, figures in document["baselines"].items():
             cells += [
                 number(figures[info.name]["value"]),

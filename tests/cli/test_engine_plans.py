@@ -90,6 +90,9 @@ def test_impossible_requests_are_refused(plan_path, tmp_path):
     fails(5, tmp_path, "import", out, "--from", "sglang", "--gpus", 4, "-o", tmp_path / "p.json")
     succeeds("export", plan_path, "--to", "sglang", "-o", out, "--force")
     fails(2, tmp_path, "import", out, "--from", "sglang", "-o", tmp_path / "p.json")
+    asked = ("--from", "sglang", "--gpus", 4, "-o", tmp_path / "p.json")
+    missing = fails(5, tmp_path, "import", tmp_path / "none.json", *asked, hint=False)
+    assert "does not exist" in missing
     fails(2, tmp_path, "import", out, "--from", "sglang", "--gpus", 4, "-o", tmp_path / "folder")
     fails(2, tmp_path, "import", out, "--from", "sglang", "--gpus", 4, "-o", out)
     fails(

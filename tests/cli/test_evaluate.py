@@ -174,11 +174,10 @@ def test_the_table_shows_both_and_all_figures_on_demand(trace_folder, decode_pla
     short = succeeds("evaluate", decode_plan_path, trace_folder).stdout
     assert "contiguous" in short
     assert "node span" in short
-    assert "imbalance_batches_mean" not in short
-    assert (
-        "imbalance_batches_mean"
-        in succeeds("evaluate", decode_plan_path, trace_folder, "--all").stdout
-    )
+    assert "imbalance, mean over batches" not in short
+    full = succeeds("evaluate", decode_plan_path, trace_folder, "--all").stdout
+    assert "imbalance, mean over batches" in full
+    assert "_" not in full
 
 
 def test_two_runs_print_the_same(trace_folder, plan_path):

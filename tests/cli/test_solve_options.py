@@ -9,6 +9,7 @@ import pytest
 from conftest import topic_trace
 
 from placer.plan import read_plan
+from placer.report.plans import plan_summary
 from placer.trace import write_npz
 
 from .running import fails, succeeds
@@ -46,7 +47,7 @@ def test_pareto_goes_through_all_caps(trace_file, tmp_path):
 def test_a_plan_is_changed_by_few_moves(trace_file, tmp_path):
     first, second = tmp_path / "a.json", tmp_path / "b.json"
     succeeds("solve", trace_file, "--gpus", 4, "--solver", "contiguous", "-o", first)
-    succeeds(
+    outcome = succeeds(
         "solve", trace_file, "--gpus", 4, "--start", first, "--max-moves", 8,
         "--max-imbalance", "none", "-o", second,
     )  # fmt: skip
@@ -57,6 +58,20 @@ def test_a_plan_is_changed_by_few_moves(trace_file, tmp_path):
         for a, b in zip(x.reshape(4, -1), y.reshape(4, -1), strict=True)
     )
     assert 0 < moved <= 8
+    assert f"{moved} expert copies moved from {first}" in outcome.stdout
+
+
+@pytest.mark.parametrize(
+    ("termination", "said"),
+    [("time_limit", "ended by the time limit"), ("interrupted", "ended by Ctrl-C")],
+)
+def test_a_search_that_was_cut_short_says_so(trace_file, tmp_path, termination, said):
+    path = tmp_path / "a.json"
+    arguments = ("--gpus", 4, "--solver", "contiguous", "--max-imbalance", "none", "-o", path)
+    assert "ended by" not in succeeds("solve", trace_file, *arguments).stdout
+    document = {"path": "a.json", **json.loads(path.read_text())}
+    document["certificate"]["termination"] = termination
+    assert said in str(plan_summary(document)[-1])
 
 
 def test_moves_need_a_plan_to_count_from(trace_file, tmp_path):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import solvers
 from placer.cluster import PRESETS
 from placer.errors import InfeasibleError, PlacerError, TimeLimitError, UsageError
+from placer.plan import write_plan
 from placer.planning import (
     DEFAULT_NODE_WEIGHT,
     Settings,
@@ -238,6 +239,17 @@ def test_a_broken_default_cap_is_blamed_on_what_ended_the_search(
     (warning,) = cap_warnings(make_plan([source_of(trace)], settings), settings)
     assert said in warning
     assert unsaid not in warning
+
+
+def test_a_default_cap_that_few_moves_cannot_reach_asks_for_more_of_them(trace, tmp_path):
+    start = tmp_path / "start.json"
+    contiguous = Settings(num_ranks=4, solver="contiguous")
+    write_plan(make_plan([source_of(trace)], contiguous), start)
+    settings = Settings(
+        num_ranks=4, max_imbalance=1.01, cap_is_default=True, start=str(start), max_moves=0
+    )
+    (warning,) = cap_warnings(make_plan([source_of(trace)], settings), settings)
+    assert "0 moves are too few" in warning
 
 
 def test_every_request_of_a_batch_is_sampled_whatever_the_stride():
