@@ -219,6 +219,12 @@ def _refuse_what_needs_tokens(settings: Settings, name: str) -> None:
     for option, given in {
         "--phase": settings.phase is not None,
         "--cluster": settings.cluster is not None,
+        "--robust": settings.robust is not None,
+        "--slot-budget": settings.slot_budget is not None,
+        "--pin": bool(settings.pins),
+        "--start": settings.start is not None,
+        "--max-moves": settings.max_moves is not None,
+        "--certify": settings.certify_s is not None,
     }.items():
         if given:
             raise UsageError(f"{option} needs a trace; {name} is a load record", f"leave {option}")

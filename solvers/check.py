@@ -29,8 +29,12 @@ PAIRWISE = {
 """The figure of an objective that counts pairs of experts, and what it is computed from."""
 
 
+class BrokenLimit(ValueError):
+    """A sound placement that breaks pins, the ranks' slots, the slot budget or the moves."""
+
+
 def check(problem: Problem, placement: NDArray[np.integer]) -> dict[str, float]:
-    """The figures of a placement; ValueError when it is unsound.
+    """The figures of a placement; ValueError when it is unsound, BrokenLimit when it may not be.
 
     Args:
         problem: what was to be placed.
@@ -192,18 +196,18 @@ def _over_scenarios(problem: Problem, rank_load: NDArray[Any]) -> float:
 def _changes(
     problem: Problem, placement: NDArray[np.integer], copies: NDArray[np.bool_]
 ) -> dict[str, float]:
-    """Moves and filled slots; ValueError where pins or the ranks' slots are not kept."""
+    """Moves and filled slots; BrokenLimit where what the problem allows is not kept."""
     filled = (placement.reshape(problem.num_layers, problem.num_ranks, -1) >= 0).sum(axis=2)
     if (filled > problem.slots_of_ranks).any():
         layer, rank = np.argwhere(filled > problem.slots_of_ranks)[0]
-        raise ValueError(
+        raise BrokenLimit(
             f"layer {layer}: rank {rank} fills {filled[layer, rank]} slots, "
             f"it has {problem.slots_of_ranks[layer, rank]}"
         )
     if problem.pinned is not None:
         for layer, expert in np.argwhere(problem.pinned >= 0):
             if not copies[layer, expert, problem.pinned[layer, expert]]:
-                raise ValueError(
+                raise BrokenLimit(
                     f"layer {layer}: expert {expert} is not on rank "
                     f"{problem.pinned[layer, expert]}, to which it is pinned"
                 )
@@ -211,7 +215,7 @@ def _changes(
     if problem.slot_budget is not None:
         figures["slots_filled"] = float(filled.sum(axis=0).max())
         if figures["slots_filled"] > problem.slot_budget:
-            raise ValueError(
+            raise BrokenLimit(
                 f"a rank fills {figures['slots_filled']:.0f} slots over all layers, "
                 f"the budget is {problem.slot_budget}"
             )
@@ -219,7 +223,7 @@ def _changes(
         before = _copies(problem, problem.current)
         figures["moves"] = float((copies & ~before).sum())
         if problem.max_moves is not None and figures["moves"] > problem.max_moves:
-            raise ValueError(f"{figures['moves']:.0f} moves, at most {problem.max_moves} allowed")
+            raise BrokenLimit(f"{figures['moves']:.0f} moves, at most {problem.max_moves} allowed")
     return figures
 
 

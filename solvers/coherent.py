@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,7 @@ ROUNDS = 9
 SWEEPS = 24
 FIRST_HEAT, COLD = 2.0, 1 / 300
 FIRST_PRICE = 2.0
+FIRST_MOVE_PRICE = 0.3  # in shares of the tokens of a mean expert
 CHAIN_SHARE = 0.2
 REWEIGHT = 8.0  # how strongly workloads that fare worse gain weight
 
@@ -87,12 +89,23 @@ class Search:
         return self.layers.problem
 
     def width(self, layer: int) -> int:
-        """Slots per rank of a layer: a slot budget is spread evenly."""
+        """Slots per rank of a layer."""
+        return self._widths[layer]
+
+    @cached_property
+    def _widths(self) -> list[int]:
+        """[L] slots per rank: as evenly as each layer's least allows when there is a budget."""
         problem = self.problem
+        most = problem.slots_per_rank
         if problem.slot_budget is None:
-            return problem.slots_per_rank
-        each, more = divmod(problem.slot_budget, problem.num_layers)
-        return min(problem.slots_per_rank, each + (layer < more))
+            return [most] * problem.num_layers
+        widths = [self.layers.fewest(layer) for layer in range(problem.num_layers)]
+        for _ in range(problem.slot_budget - sum(widths)):
+            narrowest = int(np.argmin(widths))
+            if widths[narrowest] == most:
+                break
+            widths[narrowest] += 1
+        return widths
 
     def starts(self) -> list[Slots]:
         layers = range(self.problem.num_layers)
@@ -106,9 +119,9 @@ class Search:
         steps = max(1, layers.proposals // SWEEPS)
         ratio = (COLD * FIRST_HEAT / hot) ** (1 / SWEEPS)
         for sweep in range(SWEEPS):
+            if self.budget.expired():
+                break
             for parity in (0, 1):
-                if self.budget.expired():
-                    break
 
                 def job(
                     layer: int, now: list[Slots] = placement, hot: float = hot, sweep: int = sweep
@@ -178,7 +191,7 @@ def search_coherent(layers: Layers, seed: int, budget: Budget, caps: Caps) -> li
         warm_start = chained(search)
         floor = caps.floor
         load = Bisection(max(FIRST_PRICE, 3 * floor), floor)
-        move = Bisection(0.3 * layers.token_share)
+        move = Bisection(FIRST_MOVE_PRICE * layers.token_share)
         weight = np.full(problem.num_workloads, 1 / problem.num_workloads)
         number = 0
         while number < ROUNDS or (budget.seconds is not None and not budget.expired()):
@@ -197,7 +210,7 @@ def search_coherent(layers: Layers, seed: int, budget: Budget, caps: Caps) -> li
             if caps.moves is not None:
                 move.tell(found.moves <= caps.moves)
             if problem.robust != "mean":
-                worse = found.traffic / found.traffic.mean() - 1
+                worse = found.traffic / max(found.traffic.mean(), 1e-300) - 1
                 weight = weight * np.exp(REWEIGHT * worse)
                 weight /= weight.sum()
             number += 1

@@ -3,8 +3,8 @@
 With alltoall dispatch the candidates that the local search collects for each layer serve all
 points: caps are spread between the least imbalance and that of the least traffic, denser where
 imbalance is low, and the candidates are improved around the prices of all caps together. With
-coherent dispatch every point is an anneal at a price of its own. Cost: about four solves with one
-cap. Source: placer.
+coherent dispatch every point is an anneal at a price of its own, and where moves are limited at a
+price of moves that is searched for. Cost: about four solves with one cap. Source: placer.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from solvers.solving import capped_imbalance, ctrl_c_stops, result_of
 
 NUM_POINTS = 12
 COHERENT_PRICES = (0.0, 0.3, 0.7, 1.5, 3.0, 6.0, 12.0, 25.0, 60.0)
+MOVE_TRIES = 5  # prices of a move at each price of imbalance, where moves are limited
 SEARCH = "local_search"
 
 
@@ -76,19 +77,27 @@ def _separable(layers: Layers, seed: int, budget: Budget) -> list[list[Slots]]:
 
 def _coherent(layers: Layers, seed: int, budget: Budget) -> list[list[Slots]]:
     problem = layers.problem
-    placements = []
     with ThreadPoolExecutor(available_cores()) as executor:
         limits = Caps(moves=problem.max_moves, slots=problem.slot_budget)
         search = coherent.Search(layers, seed, budget, limits, executor)
+        search.visited.append(search.judged(search.starts()))
         chained = coherent.chained(search)
+        dear = coherent.FIRST_MOVE_PRICE * layers.token_share
         for number, price in enumerate(COHERENT_PRICES):
             for start in (search.starts(), chained):
-                if start is None or budget.expired():
+                if start is None:
                     continue
                 heat = coherent.FIRST_HEAT / (4 if start is chained else 1)
-                prices = layers.uniform_prices(price)
-                placements.append(search.run(prices, number, start, heat).placement)
-    return placements or [search.starts()]
+                move = coherent.Bisection(dear)
+                for _ in range(1 if limits.moves is None else MOVE_TRIES):
+                    if budget.expired():
+                        break
+                    dear = 0.0 if limits.moves is None else move.price
+                    prices = layers.uniform_prices(price, dear)
+                    found = search.run(prices, number, start, heat)
+                    move.tell(search.keeps(found))
+    kept = [found for found in search.visited if search.keeps(found)]
+    return [found.placement for found in kept or search.visited[:1]]
 
 
 def _undominated(results: list[Result]) -> list[Result]:

@@ -180,6 +180,17 @@ class Layers:
         room: NDArray[np.int64] = np.minimum(self.problem.slots_of_ranks[layer], width)
         return room
 
+    def fewest(self, layer: int) -> int:
+        """The least width at which a layer's experts have room and the pins are kept."""
+        problem = self.problem
+        fewest = -(-problem.num_experts // problem.num_ranks)
+        if problem.pinned is not None:
+            pinned = problem.pinned[layer]
+            fewest = max(fewest, int(np.bincount(pinned[pinned >= 0], minlength=1).max()))
+        while self.room(layer, fewest).sum() < problem.num_experts:
+            fewest += 1
+        return fewest
+
     def free(self, layer: int, slots: Slots, width: int) -> NDArray[np.int64]:
         """[F] slots that may change: not those beyond a rank's room, nor those with a pin."""
         problem = self.problem
@@ -211,11 +222,17 @@ class Layers:
         return row.reshape(-1)
 
     def start(self, layer: int, width: int) -> Slots:
-        """The current placement where it is allowed, else `spread`."""
+        """The current placement where it is allowed, else `spread`.
+
+        Where no replicas are placed, an expert keeps one copy: the pinned one, or the first.
+        """
         problem = self.problem
         if problem.current is None:
             return self.spread(layer, width)
-        rows = problem.current[layer].reshape(problem.num_ranks, -1)
+        current = problem.current[layer]
+        if not self.replicates:
+            current = self._one_copy_each(layer, current)
+        rows = current.reshape(problem.num_ranks, -1)
         packed = np.take_along_axis(rows, np.argsort(rows < 0, axis=1, kind="stable"), axis=1)
         filled = (packed >= 0).sum(axis=1)
         if (filled > self.room(layer, width)).any():
@@ -225,6 +242,19 @@ class Layers:
                 if expert not in packed[problem.pinned[layer, expert]]:
                     return self.spread(layer, width)
         return packed.reshape(-1)
+
+    def _one_copy_each(self, layer: int, slots: Slots) -> Slots:
+        """[S] without replicas."""
+        problem = self.problem
+        rank = np.arange(slots.size) // problem.slots_per_rank
+        order = np.arange(slots.size)
+        if problem.pinned is not None:
+            wanted = np.append(problem.pinned[layer], -1)[slots]
+            order = np.argsort(wanted != rank, kind="stable")
+        expert, first = np.unique(slots[order], return_index=True)
+        kept = np.full(slots.size, -1, np.int64)
+        kept[order[first[expert >= 0]]] = expert[expert >= 0]
+        return kept
 
     def token_prices(self, prices: Prices) -> Floats:
         """[workloads] of one message of one token."""

@@ -62,21 +62,18 @@ class Search:
     def problem(self) -> Problem:
         return self.layers.problem
 
-    @property
-    def widths(self) -> range:
+    def widths(self, layer: int) -> range:
         """Slots per rank that a layer may get."""
-        problem = self.problem
-        most = problem.slots_per_rank
-        if problem.slot_budget is None:
+        most = self.problem.slots_per_rank
+        if self.problem.slot_budget is None:
             return range(most, most + 1)
-        fewest = -(-problem.num_experts // problem.num_ranks)
-        return range(fewest, most + 1)
+        return range(self.layers.fewest(layer), most + 1)
 
     def begin(self, floor: float, capped: bool) -> None:
         """The starting placement of each layer, and a ladder of prices."""
         problem = self.problem
         self.pools = [
-            [self.layers.candidate(i, self.layers.start(i, w), w) for w in self.widths]
+            [self.layers.candidate(i, self.layers.start(i, w), w) for w in self.widths(i)]
             for i in range(problem.num_layers)
         ]
         self.borrow()
@@ -119,8 +116,8 @@ class Search:
         jobs = [
             (layer, width, number, price)
             for number, price in enumerate(wanted)
-            for width in self.widths
             for layer in range(self.problem.num_layers)
+            for width in self.widths(layer)
         ]
 
         def run(job: tuple[int, int, int, Prices]) -> tuple[int, Candidate] | None:

@@ -232,8 +232,19 @@ class Problem:
             raise ValueError(
                 f"current has shape {current.shape}, expected {(self.num_layers, self.num_slots)}"
             )
+        if current is not None:
+            self._check_current(current)
         if self.max_moves is not None and (current is None or self.max_moves < 0):
             raise ValueError("max_moves must be 0 or more, and needs current")
+
+    def _check_current(self, current: NDArray[np.int64]) -> None:
+        if current.min() < -1 or current.max() >= self.num_experts:
+            raise ValueError(f"experts of current must be -1..{self.num_experts - 1}")
+        layer, slot = np.nonzero(current >= 0)
+        count = np.zeros((self.num_layers, self.num_experts, self.num_ranks), np.int64)
+        np.add.at(count, (layer, current[layer, slot], slot // self.slots_per_rank), 1)
+        if (count > 1).any() or not count.any(axis=2).all():
+            raise ValueError("current must hold every expert of a layer, on a rank at most once")
 
     @property
     def restrictions(self) -> tuple[str, ...]:

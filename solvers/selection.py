@@ -6,8 +6,9 @@ slots their budgets. It is a multiple-choice knapsack. Its linear relaxation, th
 a column generation (Dantzig and Wolfe, Operations Research 8(1), 1960), gives the prices at which
 new candidates are worth their while (by HiGHS).
 
-A constraint that no choice keeps is paid for instead, at ELASTIC_PRICE: the choice then comes as
-near to it as the pools allow.
+A constraint that no choice keeps is paid for instead, the cap at ELASTIC_PRICE, a move or a slot
+too many at BUDGET_PRICE: the choice then comes as near to them as the pools allow, and breaks the
+cap rather than a budget.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from solvers.layers import Candidate, Prices
 from solvers.problem import Problem, num_worse
 
 ELASTIC_PRICE = 100.0
+BUDGET_PRICE = 1e4
 BROKEN, TOLERANCE = 1e6, 1e-12
 FRACTION = 1e-9
 MOST_ROUNDINGS = 4096
@@ -167,7 +169,7 @@ class _Program:
     def _budget(self, use: Sequence[int], most: int | None) -> int | None:
         if most is None:
             return None
-        broken = self._column(0.0, np.inf, ELASTIC_PRICE)
+        broken = self._column(0.0, np.inf, BUDGET_PRICE)
         return self._row({broken: -1.0}, float(most), np.array(use, np.float64))
 
     def relaxed(self) -> Any:
@@ -189,14 +191,14 @@ class _Program:
         caps, count, layers = self.caps, self.num_workloads, len(self.pools)
         total = self.problem.aggregate(figures[..., :count] / layers)
         reached = self.problem.aggregate(figures[..., count:-2] / layers)
-        for use, most in (
-            (reached, caps.imbalance),
-            (figures[..., -2], caps.moves),
-            (figures[..., -1], caps.slots),
+        for use, most, price, broken in (
+            (reached, caps.imbalance, ELASTIC_PRICE, BROKEN),
+            (figures[..., -2], caps.moves, BUDGET_PRICE, 10 * BROKEN),
+            (figures[..., -1], caps.slots, BUDGET_PRICE, 10 * BROKEN),
         ):
             if most is not None:
                 over = use - most
-                total = total + ELASTIC_PRICE * np.maximum(0.0, over) + BROKEN * (over > TOLERANCE)
+                total = total + price * np.maximum(0.0, over) + broken * (over > TOLERANCE)
         return total
 
     def rounded(self, share: Floats) -> list[int]:
@@ -211,7 +213,10 @@ class _Program:
         return [int(index) for index in ways[best]]
 
     def most_balanced(self) -> list[int]:
-        """The candidate of each layer with least imbalance: it keeps a cap if any choice does."""
+        """The candidate of each layer with least imbalance.
+
+        With a single workload it keeps the cap if any choice does.
+        """
         count = self.num_workloads
         imbalance = self.problem.aggregate(self.figures[:, count:-2])
         return [first + int(np.argmin(imbalance[first:last])) for first, last in self.spans]

@@ -15,7 +15,7 @@ from solvers import bounds, check
 from solvers.budget import Budget
 from solvers.problem import Problem
 from solvers.registry import get
-from solvers.result import Result, Solution, Status
+from solvers.result import InfeasibleProblem, Result, Solution, Status
 
 TOLERANCE = 1e-9  # relative; between a bound and a value that should meet
 _OBJECTIVE_FIGURE = {"balance": "imbalance"} | {
@@ -90,6 +90,10 @@ def result_of(
 ) -> Result:
     try:
         parts = check.check(problem, solution.placement)
+    except check.BrokenLimit as error:
+        raise InfeasibleProblem(
+            f"solver {solver!r} found no placement that is allowed: {error}"
+        ) from error
     except ValueError as error:
         raise AssertionError(f"internal error: solver {solver!r} made: {error}") from error
     value = check.objective(problem, parts)

@@ -68,7 +68,14 @@ def solve(
     from placer.files import check_output_file, check_output_folder
     from placer.load_planning import only_load, plan_from_load
     from placer.plan import write_plan
-    from placer.planning import Settings, cap_warnings, make_frontier, make_plan, open_traces
+    from placer.planning import (
+        CAPPED_SOLVERS,
+        Settings,
+        cap_warnings,
+        make_frontier,
+        make_plan,
+        open_traces,
+    )
     from placer.report.console import progress_status, show, show_warnings
     from placer.report.frontier import frontier_folder, frontier_table, write_frontier
     from placer.report.plans import plan_summary
@@ -79,6 +86,13 @@ def solve(
         check_output_folder(frontier_folder(output), force)
         if max_imbalance is not None:
             raise UsageError("--pareto goes through all caps; it takes no --max-imbalance")
+        if objective is not options.ObjectiveName.traffic or solver not in CAPPED_SOLVERS:
+            raise UsageError(
+                "--pareto trades messages for balance by placer's own search",
+                "leave out --objective and --solver",
+            )
+        if certify is not None:
+            raise UsageError("--pareto proves no bounds", "placer certify, on one of its plans")
         if any(is_load(path) for path in traces):
             raise UsageError("a load record has no messages to trade for balance: no --pareto")
     if model is None and kv_tokens:

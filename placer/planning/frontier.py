@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from placer.errors import UsageError
+from placer.errors import InfeasibleError, UsageError
 from placer.evaluation import evaluate
 from placer.plan import Plan
 from placer.planning.making import figures_of_interest, placement_of, plan_of_result
@@ -42,7 +42,8 @@ class Frontier:
 
     Attributes:
         points: at least one.
-        peers: held-out figures of load-only placements, for comparison.
+        peers: held-out figures of load-only placements, for comparison; EPLB's only where it knows
+            what is asked of where experts sit.
         figures: names of the figures that matter.
         scope: what the figures are of.
     """
@@ -95,6 +96,7 @@ def make_frontier(
 
     Raises:
         UsageError: the dispatch's traffic does not depend on the placement.
+        InfeasibleError: no placement keeps the pins, slots and moves that were asked for.
     """
     import solvers
 
@@ -106,7 +108,10 @@ def make_frontier(
     problem = build_problem(parts.fit, settings, progress)
     progress("searching the frontier")
     budget = solvers.Budget(settings.time_limit_s)
-    results = solvers.frontier(problem, seed=settings.seed, budget=budget)
+    try:
+        results = solvers.frontier(problem, seed=settings.seed, budget=budget)
+    except solvers.InfeasibleProblem as error:
+        raise InfeasibleError(str(error)) from error
     best = solvers.knee(results)
     points = []
     for number, result in enumerate(results):
@@ -116,7 +121,7 @@ def make_frontier(
         points.append(Point(plan, fitted, number == best))
     figures = figures_of_interest(settings)
     peers = {}
-    for name in PEERS:
+    for name in PEERS[:1] if problem.restrictions else PEERS:
         progress(f"replaying {name}")
         if name == "contiguous":
             metrics = points[0].plan.prediction["baselines"]["contiguous"]

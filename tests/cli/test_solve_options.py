@@ -44,6 +44,14 @@ def test_pareto_goes_through_all_caps(trace_file, tmp_path):
     assert "no --max-imbalance" in error
 
 
+@pytest.mark.parametrize(
+    "option", [("--objective", "balance"), ("--solver", "eplb"), ("--certify", 1)]
+)
+def test_pareto_refuses_what_it_would_not_heed(trace_file, tmp_path, option):
+    arguments = ("--gpus", 4, "--pareto", *option, "-o", tmp_path / "p.json")
+    assert "--pareto" in fails(2, tmp_path, "solve", trace_file, *arguments)
+
+
 def test_a_plan_is_changed_by_few_moves(trace_file, tmp_path):
     first, second = tmp_path / "a.json", tmp_path / "b.json"
     succeeds("solve", trace_file, "--gpus", 4, "--solver", "contiguous", "-o", first)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from conftest import topic_trace
 
@@ -110,3 +112,20 @@ def test_a_time_limit_gives_what_was_found(source):
     results = solvers.frontier(problem, budget=solvers.Budget(0.2))
     assert results
     assert results[0].termination == "time_limit"
+
+
+def test_a_frontier_keeps_pins_and_leaves_out_a_peer_that_does_not(source):
+    frontier = make_frontier([source], Settings(num_ranks=4, pins=("3@2",)))
+    assert set(frontier.peers) == {"contiguous"}
+    for point in frontier.points:
+        ranks = point.plan.placement.physical_to_logical.reshape(source.num_layers, 4, -1)
+        assert (ranks[:, 2] == 3).any(axis=1).all()
+
+
+@pytest.mark.parametrize("dispatch", ["alltoall", "coherent"])
+def test_every_point_of_a_frontier_keeps_the_moves(source, dispatch):
+    problem = build_problem(source, Settings(num_ranks=4, dispatch=dispatch), lambda _: None)
+    current = np.tile(np.arange(problem.num_experts), (problem.num_layers, 1))
+    results = solvers.frontier(replace(problem, current=current, max_moves=8))
+    assert len(results) >= 2
+    assert all(result.parts["moves"] <= 8 for result in results)

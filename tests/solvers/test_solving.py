@@ -56,8 +56,9 @@ def test_missing_arrays_are_named(fake):
 def test_restrictions_that_a_solver_does_not_know_are_refused(solver):
     problem = make_problem(topic_tokens(0, num_layers=2), 16, 4, 5)
     pinned = replace(problem, pinned=np.full((2, 16), -1))
+    current = np.tile(np.append(np.arange(16), [-1] * 4), (2, 1))
     with pytest.raises(ValueError, match=f"'{solver}' does not know pinned and max_moves"):
-        solve(replace(pinned, current=np.zeros((2, 20), np.int64), max_moves=3), solver)
+        solve(replace(pinned, current=current, max_moves=3), solver)
 
 
 def test_two_budgets_are_one_too_many():

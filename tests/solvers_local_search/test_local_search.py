@@ -379,3 +379,80 @@ def test_a_longer_time_limit_goes_on_searching_until_it_no_longer_pays():
     short = solvers.solve(problem, "local_search")
     longer = solvers.solve(problem, "local_search", time_limit=30.0)
     assert longer.objective <= short.objective + 1e-9
+
+
+@pytest.mark.parametrize("dispatch", ["alltoall", "coherent", "allgather"])
+def test_a_placement_in_use_may_have_replicas_whether_or_not_the_search_places_any(dispatch):
+    base = problem_of(topic_tokens(21, num_tokens=150), 16, 4, slots_per_rank=5, dispatch=dispatch)
+    rows = np.arange(16).reshape(4, 4)
+    current = np.tile(np.column_stack([rows, [15, 0, 1, 2]]).reshape(-1), (5, 1))
+    for most in (None, 6):
+        problem = replace(base, current=current, max_moves=most, objective="balance")
+        result = solvers.solve(problem, "local_search")  # the checker refuses doubles
+        assert most is None or result.parts["moves"] <= most
+    unmoved = solvers.solve(replace(base, current=current, max_moves=0), "local_search")
+    assert unmoved.parts["moves"] == 0
+
+
+def test_of_replicas_in_use_the_pinned_copy_stays():
+    base = problem_of(topic_tokens(21, num_tokens=80), 16, 4, slots_per_rank=5, dispatch="coherent")
+    rows = np.arange(16).reshape(4, 4)
+    current = np.tile(np.column_stack([rows, [15, 0, 1, 2]]).reshape(-1), (5, 1))
+    pinned = np.full((5, 16), -1)
+    pinned[:, 0] = 1  # its second copy
+    problem = replace(base, current=current, pinned=pinned, max_moves=0)
+    assert solvers.solve(problem, "local_search").parts["moves"] == 0
+
+
+@pytest.mark.parametrize("dispatch", ["alltoall", "coherent"])
+def test_a_slot_budget_allows_for_unequal_ranks_and_pins(dispatch):
+    """A layer may need more slots on a rank than an even share of the experts."""
+    tokens = topic_tokens(22, num_tokens=150, num_layers=3, num_experts=8)
+    base = problem_of(tokens, 8, 4, dispatch=dispatch, slots_per_rank=3)
+    unequal = replace(base, rank_slots=np.tile([1, 2, 3, 3], (3, 1)))
+    pinned = np.full((3, 8), -1)
+    pinned[0, :3] = 0
+    for problem, least in ((unequal, 9), (replace(base, pinned=pinned), 7)):
+        result = solvers.solve(replace(problem, slot_budget=least), "local_search")
+        assert result.parts["slots_filled"] <= least
+        with pytest.raises(solvers.InfeasibleProblem, match="budget"):
+            solvers.solve(replace(problem, slot_budget=least - 1), "local_search")
+
+
+@pytest.mark.parametrize("dispatch", ["alltoall", "coherent"])
+def test_pins_that_need_more_moves_than_allowed_are_infeasible(dispatch):
+    base = problem_of(topic_tokens(23, num_tokens=100), 16, 4, dispatch=dispatch)
+    pinned = np.full((5, 16), -1)
+    pinned[:, 15] = 0
+    current = np.tile(np.arange(16), (5, 1))
+    problem = replace(base, pinned=pinned, current=current, max_moves=4)
+    with pytest.raises(solvers.InfeasibleProblem, match="at most 4 allowed"):
+        solvers.solve(problem, "local_search")
+
+
+def test_a_cap_that_moves_could_keep_does_not_break_the_number_of_moves():
+    """All the load is on one rank; a swap, two moves, would halve the imbalance of 8."""
+    tokens = (np.arange(200) % 2)[:, None, None]
+    problem = problem_of(tokens, 16, 8, current=np.arange(16)[None], max_moves=1, max_imbalance=4.0)
+    result = solvers.solve(problem, "local_search")
+    assert result.status == "infeasible"
+    assert result.parts["moves"] == 0
+    allowed = solvers.solve(replace(problem, max_moves=2), "local_search")
+    assert allowed.parts["imbalance"] == 4.0
+    assert allowed.status != "infeasible"
+
+
+def test_links_without_cost_leave_the_worst_workload_defined():
+    tokens = topic_tokens(24, num_tokens=60)
+    base = problem_of(tokens, 16, 4, dispatch="coherent", link_cost=np.zeros((4, 4)))
+    problem = scenarios_of(base, 2, workload=np.arange(2), robust="worst")
+    result = solvers.solve(problem, "local_search")
+    assert result.objective == 0.0
+
+
+@pytest.mark.parametrize("change", [(0, 1), (0, 99), (0, -1)])
+def test_a_placement_in_use_must_be_sound(change):
+    current = np.tile(np.arange(16), (5, 1))
+    current[2, change[0]] = change[1]
+    with pytest.raises(ValueError, match="current"):
+        problem_of(topic_tokens(25, num_tokens=10), 16, 4, current=current)
