@@ -99,7 +99,8 @@ def _traffic(document: Mapping[str, Any]) -> list[RenderableType]:
         )  # fmt: skip
     caption = (
         "counted by all ranks in one repeat, there and back; bytes of hidden states alone; as "
-        "replayed: messages, bytes and pairs of every link, layer and rank are the replay's"
+        "replayed: messages and bytes of each link, and pairs of each layer and rank, are the "
+        "replay's"
     )
     return titled("sent", table, caption)
 
