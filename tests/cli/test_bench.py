@@ -134,3 +134,15 @@ def test_what_cannot_be_measured_is_refused(tmp_path):
     assert "twice" in fails(2, tmp_path, *arguments(plan, *twice), hint=False)
     other = plan_for(tmp_path, num_ranks=4)
     assert "4 ranks" in fails(2, tmp_path, *arguments(plan, "--baseline", other))
+
+
+def test_a_damaged_repeat_is_refused(tmp_path):
+    plan = plan_for(tmp_path, num_ranks=1)
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    path = kept / "repeat-000.json"
+    path.write_text('{"format": "placer.bench-repeat", "schema_version": 1}')
+    assert "has no settings" in fails(5, tmp_path, *arguments(plan, "-o", kept))
+    path.write_text('{"format": "placer.bench-repeat", "sch')
+    assert "not valid JSON" in fails(5, tmp_path, *arguments(plan, "-o", kept))
+    assert "folder" in fails(2, tmp_path, *arguments(plan, "-o", path), hint=False)

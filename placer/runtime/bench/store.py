@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from placer.errors import UsageError
+from placer.errors import BadFileError, UsageError
 from placer.files import read_json, write_json
 
 FORMAT = "placer.bench-repeat"
@@ -29,9 +29,15 @@ class Store:
         self._repeats: dict[int, dict[str, Any]] = {}
         if folder is None:
             return
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"{folder} cannot be a folder: {error.strerror}") from None
         for path in sorted(folder.glob("repeat-*.json")):
             document = read_json(path, FORMAT, SCHEMA_VERSION)
+            lacking = [key for key in ("settings", "repeat", "arms") if key not in document]
+            if lacking:
+                raise BadFileError(f"{path} has no {lacking[0]}", "remove it to measure again")
             self._refuse_others(path, document["settings"])
             self._repeats[int(document["repeat"])] = document["arms"]
 
