@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,9 @@ from placer.trace.importing import write_trace
 # How long an example takes says nothing on a busy machine.
 settings.register_profile("placer", deadline=None)
 settings.load_profile("placer")
+# A shell that starts the tests in the background has them ignore Ctrl-C, and their children too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tiny models on a busy machine: torch's threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
