@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--dispatch", default="alltoall", choices=("alltoall", "coherent"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--time-limit", type=float, help="seconds for each solver")
-    parser.add_argument("--balance-over", nargs="+", default=["requests", "trace"])
+    parser.add_argument("--balance-over", nargs="*", default=["requests", "trace"])
     parser.add_argument("--json", type=Path, help="append a line per plan to this file")
     parser.add_argument("--show", type=Path, nargs="+", help="print such files, measure nothing")
     options = parser.parse_args()
