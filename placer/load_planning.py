@@ -18,6 +18,7 @@ from placer.plan import Plan
 from placer.planning import (
     Progress,
     Settings,
+    certificate_of,
     check_solver,
     placement_of,
     refuse_broken_cap,
@@ -71,17 +72,7 @@ def plan_from_load(
         layer_ids=tuple(record.layer_ids.tolist()),
         dispatch=settings.dispatch,
         prediction=_prediction(placement, judge, settings),
-        certificate={
-            "scope": "fit",
-            "objective": "balance",
-            "value": result.objective,
-            "bound_of": result.bound_of,
-            "lower_bound": result.lower_bound,
-            "gap": result.gap,
-            "status": "feasible" if result.status == "infeasible" else result.status,
-            "termination": result.termination,
-            "parts": result.parts,
-        },
+        certificate=certificate_of(result, "balance"),
         provenance={
             "inputs": [
                 {

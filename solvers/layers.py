@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from solvers.problem import Problem
 
-# Tokens that the anneals see; a proposal with replicas costs several times one without. What they
-# end with is judged on all of the problem's tokens.
+# Tokens that the anneals see; a proposal with replicas costs several times one without. Candidates
+# with replicas are judged on all of the problem's tokens, the others on these; results on all.
 MOST_TOKENS, REPLICA_TOKENS = 32768, 16384
 
 # Times as many proposals as usual; benchmarks raise it to see what they would bring.

@@ -4,6 +4,7 @@ from placer.planning.certifying import Certificate, certify_plan
 from placer.planning.frontier import Frontier, make_frontier
 from placer.planning.making import (
     cap_warnings,
+    certificate_of,
     check_solver,
     make_plan,
     placement_of,
@@ -36,6 +37,7 @@ __all__ = [
     "Settings",
     "build_problem",
     "cap_warnings",
+    "certificate_of",
     "certify_plan",
     "check_solver",
     "cluster_of",

@@ -135,6 +135,24 @@ def placement_of(problem: Problem, result: Result) -> Placement:
     )
 
 
+def certificate_of(result: Result, objective: str) -> dict[str, Any]:
+    """What a plan says of its objective, on the tokens or loads that it was fitted to.
+
+    A result that breaks only a cap that nobody asked for is feasible.
+    """
+    return {
+        "scope": "fit",
+        "objective": objective,
+        "value": result.objective,
+        "bound_of": result.bound_of,
+        "lower_bound": result.lower_bound,
+        "gap": result.gap,
+        "status": "feasible" if result.status == "infeasible" else result.status,
+        "termination": result.termination,
+        "parts": result.parts,
+    }
+
+
 def plan_of_result(
     result: Result,
     problem: Problem,
@@ -168,17 +186,7 @@ def plan_of_result(
         | modelled_step_times(placement, baseline, parts, settings)
         | by_workload(placement, baseline, parts, settings),
         certificate=with_bounds(
-            {
-                "scope": "fit",
-                "objective": settings.objective,
-                "value": result.objective,
-                "bound_of": result.bound_of,
-                "lower_bound": result.lower_bound,
-                "gap": result.gap,
-                "status": "feasible" if result.status == "infeasible" else result.status,
-                "termination": result.termination,
-                "parts": result.parts,
-            },
+            certificate_of(result, settings.objective),
             bounds,
             settings.objective,
         ),
