@@ -63,7 +63,7 @@ def plan_from_load(
         objective="balance",
         max_imbalance=settings.max_imbalance,
     )
-    progress(f"solving with {settings.solver}")
+    progress(f"solving with {settings.solver} (the first run compiles it)")
     result = run_solver(problem, settings)
     refuse_broken_cap(result, settings)
     placement = placement_of(problem, result)

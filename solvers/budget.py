@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from solvers.result import Termination
@@ -49,6 +51,15 @@ class Budget:
         """A budget of a share of the remaining time; stopping one stops the other."""
         seconds = None if self.seconds is None else share * self.remaining()
         return Budget(seconds, self.effort, _stop=self._stop)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While this is entered, no time of the limit passes."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._start += time.monotonic() - start
 
     def expired(self) -> bool:
         return self._stop.is_set() or self.remaining() <= 0.0

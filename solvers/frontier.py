@@ -14,14 +14,16 @@ from dataclasses import replace
 
 import numpy as np
 
-from solvers import coherent, local_search
+from solvers import bounds, coherent, local_search
 from solvers.budget import Budget
 from solvers.layers import Layers, Slots, prepare
 from solvers.parallel import available_cores, stopping
 from solvers.problem import Problem
+from solvers.registry import get
+from solvers.rehearsing import rehearse
 from solvers.result import Result, Solution
 from solvers.selection import Caps
-from solvers.solving import capped_imbalance, ctrl_c_stops, result_of
+from solvers.solving import PROOF_SHARE, capped_imbalance, ctrl_c_stops, result_of
 
 NUM_POINTS = 12
 COHERENT_PRICES = (0.0, 0.3, 0.7, 1.5, 3.0, 6.0, 12.0, 25.0, 60.0)
@@ -47,14 +49,18 @@ def frontier(problem: Problem, seed: int = 0, budget: Budget | None = None) -> l
         raise ValueError("a frontier needs tokens, and a dispatch whose traffic can be less")
     problem = replace(problem, max_imbalance=None, objective="traffic")
     budget = budget or Budget()
-    layers = prepare(problem)
-    with ctrl_c_stops(budget), stopping(layers.stop, budget):
-        find = _coherent if layers.coupled else _separable
-        placements = find(layers, seed, budget)
+    with ctrl_c_stops(budget):
+        if budget.seconds is not None:
+            rehearse(problem, get(SEARCH), budget)
+        bound = bounds.lower_bound(problem, budget.part(PROOF_SHARE))
+        layers = prepare(problem)
+        with stopping(layers.stop, budget):
+            find = _coherent if layers.coupled else _separable
+            placements = find(layers, seed, budget)
     results = []
     for placement in placements:
         solution = Solution(np.stack(placement), termination=budget.termination())
-        results.append(result_of(problem, solution, SEARCH, seed, budget.elapsed()))
+        results.append(result_of(problem, solution, SEARCH, seed, budget.elapsed(), bound))
     return _undominated(results)
 
 

@@ -106,7 +106,7 @@ def make_frontier(
     settings = replace(settings, solver="local_search", objective="traffic", max_imbalance=None)
     parts = split_sources(sources, settings)
     problem = build_problem(parts.fit, settings, progress)
-    progress("searching the frontier")
+    progress("searching the frontier (the first run compiles the search)")
     budget = solvers.Budget(settings.time_limit_s)
     try:
         results = solvers.frontier(problem, seed=settings.seed, budget=budget)

@@ -119,7 +119,7 @@ def make_plan(
     progress("splitting the requests")
     parts = split_sources(sources, settings)
     problem = build_problem(parts.fit, settings, progress)
-    progress(f"solving with {settings.solver}")
+    progress(f"solving with {settings.solver} (the first run compiles it)")
     result = run_solver(problem, settings)
     refuse_broken_cap(result, settings)
     bounds = bounds_of_result(problem, result, settings, progress)

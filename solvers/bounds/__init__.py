@@ -17,6 +17,7 @@ from solvers.bounds.transport import (
     kept_flow_bound,
     to_integers,
 )
+from solvers.budget import Budget
 from solvers.check import num_tokens
 from solvers.problem import Problem
 
@@ -30,8 +31,11 @@ __all__ = [
 ]
 
 
-def lower_bound(problem: Problem) -> float | None:
-    """A bound on the problem's objective; None if there is nothing to prove it on."""
+def lower_bound(problem: Problem, budget: Budget | None = None) -> float | None:
+    """A bound on the problem's objective; None if there is nothing to prove it on.
+
+    A budget that ends leaves it lower, and as true.
+    """
     if problem.objective == "balance":
         if problem.scenario_load is not None:
             return scenario_imbalance_bound(problem) * (1 - ROUNDING)
@@ -40,7 +44,7 @@ def lower_bound(problem: Problem) -> float | None:
         return affinity_bound(problem)
     if problem.objective == "coactivation":
         return coactivation_bound(problem)
-    traffic = traffic_bound(problem)
+    traffic = traffic_bound(problem, budget)
     if traffic is None:
         return None
     if problem.objective == "latency":

@@ -22,16 +22,17 @@ from numpy.typing import NDArray
 
 from solvers.bounds.groups import Groups
 from solvers.bounds.transport import flow_kept, largest, pairs_kept, transport_bound
+from solvers.budget import Budget
 from solvers.problem import Problem
 
 Floats = NDArray[np.float64]
 
 
-def traffic_bound(problem: Problem) -> float | None:
+def traffic_bound(problem: Problem, budget: Budget | None = None) -> float | None:
     """Messages of the dispatch + node_weight x node messages, or what they cost by `link_cost`.
 
     With several workloads: what `robust` makes of their bounds. A message costs at least as much as
-    over the cheapest link.
+    over the cheapest link. For layers that the budget does not reach, only room is counted.
     """
     if problem.dispatch == "allgather":
         return problem.num_ranks - 1 + problem.node_weight * (problem.num_nodes - 1)
@@ -55,6 +56,10 @@ def traffic_bound(problem: Problem) -> float | None:
         assert part.tokens is not None
         total = 0.0
         for layer in range(problem.num_layers):
+            if budget is not None and budget.expired():
+                for groups, weight in levels:
+                    total += weight * _messages_for_room(problem, part.tokens[:, layer], groups)
+                continue
             counts = _Counts.of(part.tokens[:, layer, :], problem.num_experts)
             for groups, weight in levels:
                 total += weight * _messages(part, part.tokens, layer, counts, groups)
@@ -158,6 +163,13 @@ def _messages(
         return out + (span_less_one if problem.dispatch == "coherent" else 0.0)
     out = max(span_less_one, _span(counts, groups, *kept, at_home))
     return out + (span_less_one if problem.dispatch == "coherent" else 0.0)
+
+
+def _messages_for_room(problem: Problem, experts: NDArray[np.integer], groups: Groups) -> float:
+    """Messages in one layer because experts [T, K] do not fit one group, as `_messages`, weaker."""
+    used = (experts >= 0).sum(axis=1)
+    beyond_one = -(-used // groups.capacity) - (used > 0)
+    return float(beyond_one.sum()) * (2 if problem.dispatch == "coherent" else 1)
 
 
 def _span(
