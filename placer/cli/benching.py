@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from placer.cli import options
+from placer.cli import on_ranks, options
 
 if TYPE_CHECKING:
-    from placer.plan import Plan
-    from placer.runtime.bench.job import Arm, BenchJob
+    from placer.placement import Placement
+    from placer.plan import Dispatch, Plan
+    from placer.runtime.bench.job import Arm
+
+
+class WayName(StrEnum):
+    """How tokens travel; `alltoall` with or without one copy per other node."""
+
+    alltoall = "alltoall"
+    by_node = "alltoall-by-node"
+    coherent = "coherent"
+    allgather = "allgather"
 
 
 def register(app: typer.Typer) -> None:
@@ -21,7 +32,7 @@ def register(app: typer.Typer) -> None:
 
 def bench(
     plan_path: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")],
-    model: Annotated[Path, typer.Option("--model", help="Folder of a Hugging Face checkpoint.")],
+    model: on_ranks.ModelFolder,
     baseline: Annotated[
         list[str] | None,
         typer.Option(
@@ -37,46 +48,29 @@ def bench(
             help="What the plan was made from: baselines that solve fit the same requests.",
         ),
     ] = None,
-    prompts: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--prompts", help=".txt: a prompt a line; .jsonl: {prompt, label}; repeat it."
-        ),
-    ] = None,
-    prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", help="A prompt; may be repeated.")
-    ] = None,
+    prompts: on_ranks.PromptFiles = None,
+    prompt: on_ranks.PromptTexts = None,
     dispatch: Annotated[
-        options.DispatchName | None,
-        typer.Option("--dispatch", help="How tokens travel, instead of the plan's own."),
-    ] = None,
-    deduplicate_nodes: Annotated[
-        bool,
+        list[WayName] | None,
         typer.Option(
-            "--deduplicate-nodes", help="alltoall: one copy of a token per other node, passed on."
+            "--dispatch",
+            help="How tokens travel under every placement; repeated, each runs in every way. "
+            "Default: plans as they were made for, other baselines as the plan.",
         ),
-    ] = False,
+    ] = None,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=1, help="Of each prompt; none ends earlier.")
     ] = 32,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", min=1, help="Prompts that run together.")
-    ] = 32,
+    batch_size: on_ranks.BatchSize = 32,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Of every placement.")] = 5,
     warm_ups: Annotated[
         int, typer.Option("--warm-ups", min=1, help="Runs of every placement that do not count.")
     ] = 1,
     cluster: options.ClusterName = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16, ...")] = "auto",
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
-    timeout: Annotated[
-        float,
-        typer.Option("--timeout", min=1, help="Seconds that a rank waits for another one."),
-    ] = 120.0,
-    port: Annotated[
-        int,
-        typer.Option("--master-port", min=0, max=65535, help="Ranks meet here; 0 = a free port."),
-    ] = 0,
+    dtype: on_ranks.Dtype = "auto",
+    device: on_ranks.Device = "auto",
+    timeout: on_ranks.Timeout = 120.0,
+    port: on_ranks.MasterPort = 0,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -100,20 +94,16 @@ def bench(
 
     check_installed()
     from placer.runtime.bench.job import BenchJob
+    from placer.runtime.bench.running import bench_on_rank
     from placer.timing import cluster_for
-    from placer.tracer.prompts import Prompt, read_prompts
 
     plan = read_plan(plan_path)
-    asked = [one for path in prompts or [] for one in read_prompts(path)]
-    asked += [Prompt(text) for text in prompt or []]
     job = BenchJob(
         plan=plan,
         plan_name=str(plan_path),
-        arms=_arms(plan, baseline or ["contiguous"], trace or []),
+        arms=_arms(plan, baseline or ["contiguous"], trace or [], dispatch or []),
         folder=model,
-        dispatch=dispatch.value if dispatch else plan.dispatch,
-        deduplicate_nodes=deduplicate_nodes,
-        prompts=tuple(asked),
+        prompts=on_ranks.prompts_of(prompts, prompt),
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         repeats=repeats,
@@ -123,52 +113,58 @@ def bench(
         device=device,
         output=output,
     )
-    document = _run(job, timeout, port)
+    doing = f"run {len(job.arms)} placements and ways in turn"
+    document = on_ranks.run_on_ranks(bench_on_rank, job, plan.placement, timeout, port, doing)
     if document is not None:  # else another rank than the first, under torchrun
         show(json_output, document, lambda: bench_lines(document))
 
 
-def _arms(plan: Plan, baselines: list[str], traces: list[Path]) -> tuple[Arm, ...]:
+def _arms(
+    plan: Plan, baselines: list[str], traces: list[Path], dispatch: list[WayName]
+) -> tuple[Arm, ...]:
+    """The plan and its baselines, each in every way that was asked for, or in its own."""
+    from placer.runtime.bench.job import Arm, Way
+
+    known = {
+        WayName.alltoall: Way("alltoall"),
+        WayName.by_node: Way("alltoall", deduplicate_nodes=True),
+        WayName.coherent: Way("coherent"),
+        WayName.allgather: Way("allgather"),
+    }
+    ways = [known[name] for name in dispatch]
+    placed = [("plan", plan.placement, plan.dispatch)]
+    placed += [(name, *found) for name, found in _baselines(plan, baselines, traces)]
+    return tuple(
+        Arm(name if i == 0 else f"{name} ({way.name})", placement, way)
+        for name, placement, own in placed
+        for i, way in enumerate(ways or [Way(own)])
+    )
+
+
+def _baselines(
+    plan: Plan, names: list[str], traces: list[Path]
+) -> list[tuple[str, tuple[Placement, Dispatch]]]:
+    """Name, placement and own dispatch model of each."""
     import solvers
     from placer.baselines import baseline_placement
     from placer.errors import UsageError
+    from placer.plan import read_plan
     from placer.planning import open_traces
     from placer.planning.baselines import solved_baseline
-    from placer.runtime.bench.job import Arm
 
-    arms = [Arm("plan", plan.placement)]
+    found: list[tuple[str, tuple[Placement, Dispatch]]] = []
     sources = open_traces(traces) if traces else []
-    for name in baselines:
-        if name == "contiguous" or Path(name).is_file() or name not in solvers.names():
-            arms.append(Arm(name, baseline_placement(name, plan)))
+    for name in names:
+        is_file = Path(name).is_file()
+        if name == "contiguous" or is_file or name not in solvers.names():
+            placement = baseline_placement(name, plan)
+            own = read_plan(Path(name)).dispatch if is_file else plan.dispatch
+            found.append((name, (placement, own)))
             continue
         if not sources:
             raise UsageError(
                 f"baseline {name} must be solved, and there is no trace to solve it from",
                 "--trace DIR, the one that the plan was made from",
             )
-        arms.append(Arm(name, solved_baseline(name, plan, sources)))
-    return tuple(arms)
-
-
-def _run(job: BenchJob, timeout: float, port: int) -> dict[str, Any] | None:
-    from placer.report.console import progress_status
-    from placer.runtime.bench.running import bench_on_rank
-    from placer.runtime.context import context_from_environment, is_launched
-    from placer.runtime.launch import launch
-
-    placement = job.plan.placement
-    if is_launched():
-        context = context_from_environment(placement.ranks_per_node, timeout_s=timeout)
-        return bench_on_rank(context, job)
-    with progress_status() as progress:
-        progress(f"{placement.num_ranks} ranks run {len(job.arms)} placements in turn")
-        results = launch(
-            bench_on_rank,
-            placement.num_ranks,
-            (job,),
-            ranks_per_node=placement.ranks_per_node,
-            timeout_s=timeout,
-            port=port,
-        )
-    return results[0]
+        found.append((name, (solved_baseline(name, plan, sources), plan.dispatch)))
+    return found

@@ -11,15 +11,16 @@ from rich.markup import escape
 from placer.report.tables import plain_table, titled
 
 _LINKS = {"same_rank": "same rank", "same_node": "same node", "other_node": "other node"}
-_PARTS = ("dispatch", "compute", "combine")
+_BY_LAYER = ("dispatch", "compute", "combine")
+_PARTS = (*_BY_LAYER, "context")
 
 
 def bench_lines(document: Mapping[str, Any]) -> list[RenderableType]:
     """For people."""
     lines: list[RenderableType] = [
         f"[bold]{escape(document['plan'])}[/] on {escape(document['model'])}: "
-        f"{document['num_ranks']} ranks, {document['ranks_per_node']} per node, "
-        f"{document['dispatch']} dispatch; {document['requests']} requests, "
+        f"{document['num_ranks']} ranks, {document['ranks_per_node']} per node; "
+        f"{document['requests']} requests, "
         f"{document['prompt_tokens']:,} prompt tokens, {document['max_new_tokens']} new each; "
         f"{document['repeats']} repeats in turn after {document['warm_ups']} warm-up(s)",
     ]
@@ -33,12 +34,12 @@ def bench_lines(document: Mapping[str, Any]) -> list[RenderableType]:
 
 def _speed(document: Mapping[str, Any]) -> list[RenderableType]:
     table = plain_table()
-    for name in ("placement", "tokens/s", "range", "plan is faster by", "range", "predicted",
-                 "error"):  # fmt: skip
-        table.add_column(name, justify="left" if name == "placement" else "right")
+    for name in ("placement", "dispatch", "tokens/s", "range", "plan is faster by", "range",
+                 "predicted", "error"):  # fmt: skip
+        table.add_column(name, justify="left" if name in ("placement", "dispatch") else "right")
     for name, arm in document["arms"].items():
         measured, factor = arm["measured"], arm.get("plan_against_it")
-        row = [escape(name), f"{measured['tokens_per_second']:.2f}",
+        row = [escape(name), arm["dispatch"], f"{measured['tokens_per_second']:.2f}",
                _range(measured["tokens_per_second_range"])]  # fmt: skip
         if factor:
             row += [f"{factor['measured']:.3f}x", _range(factor["measured_range"], 3)]
@@ -47,8 +48,8 @@ def _speed(document: Mapping[str, Any]) -> list[RenderableType]:
         table.add_row(*row)
     caption = (
         "measured: generated tokens / wall time, medians, and of the ratio within a repeat; "
-        "predicted: modelled time of the experts' layers plus the measured rest of "
-        f"{document['rest_seconds']:.2f} s"
+        "predicted: modelled time of what is modelled below, plus the measured rest of the same "
+        "dispatch"
         if document["cluster"]
         else "measured: medians; give --cluster for what the cost model predicts"
     )
@@ -57,7 +58,7 @@ def _speed(document: Mapping[str, Any]) -> list[RenderableType]:
 
 def _times(document: Mapping[str, Any]) -> list[RenderableType]:
     table = plain_table()
-    for name in ("placement", *_PARTS, "experts' layers", "rest", "wall"):
+    for name in ("placement", *_PARTS, "together", "rest", "wall"):
         table.add_column(name, justify="left" if name == "placement" else "right")
     for name, arm in document["arms"].items():
         measured, predicted, error = arm["measured"], arm["predicted"]["seconds"], arm["error"]
@@ -71,20 +72,24 @@ def _times(document: Mapping[str, Any]) -> list[RenderableType]:
             continue
         modelled = [predicted[part] for part in _PARTS]
         modelled.append(sum(modelled))
-        of = [error[part] for part in (*_PARTS, "moe_layers")]
+        of = [error[part] for part in (*_PARTS, "modelled")]
         table.add_row(
             "[dim]  modelled[/]", *(f"[dim]{value:.3f} ({off:+.0%})[/]"
                                     for value, off in zip(modelled, of, strict=True)),
             "", f"[dim]({error['wall']:+.0%})[/]",
         )  # fmt: skip
-    caption = "seconds, mean over ranks, waiting for other ranks included; in brackets: the error"
+    caption = (
+        "seconds, mean over ranks, waiting for other ranks included; context: the exchanges that "
+        "end passes (next tokens; under coherent also keys and values); in brackets: the error"
+    )
     return titled("times", table, caption)
 
 
 def _traffic(document: Mapping[str, Any]) -> list[RenderableType]:
     table = plain_table()
     for name in ("placement", *(f"messages, {text}" for text in _LINKS.values()),
-                 "MB, same node", "MB, other node", "imbalance", "as replayed"):  # fmt: skip
+                 "MB, same node", "MB, other node", "KV MB, other node", "imbalance",
+                 "as replayed"):  # fmt: skip
         table.add_column(name, justify="left" if name == "placement" else "right")
     for name, arm in document["arms"].items():
         measured = arm["measured"]
@@ -94,13 +99,14 @@ def _traffic(document: Mapping[str, Any]) -> list[RenderableType]:
             *(f"{measured['messages'][link]:,}" for link in _LINKS),
             *(f"{measured['hidden_bytes'][link] / 1e6:.3f}" for link in ("same_node",
                                                                         "other_node")),
+            f"{measured['kv_bytes']['other_node'] / 1e6:.3f}",
             f"{measured['imbalance']:.3f}",
             "[green]exactly[/]" if exact else "[red]no[/]",
         )  # fmt: skip
     caption = (
-        "counted by all ranks in one repeat, there and back; bytes of hidden states alone; as "
-        "replayed: messages and bytes of each link, and pairs of each layer and rank, are the "
-        "replay's"
+        "counted by all ranks in one repeat, there and back; MB of hidden states alone; KV: keys "
+        "and values; as replayed: messages and bytes of each link (those of routing and KV too), "
+        "and pairs of each layer and rank, are the replay's"
     )
     return titled("sent", table, caption)
 
@@ -116,7 +122,10 @@ def _layers(document: Mapping[str, Any]) -> list[RenderableType]:
         table.add_row(
             str(i),
             *(
-                " / ".join(f"{1e3 * arm['measured']['seconds_by_layer'][p][i]:.0f}" for p in _PARTS)
+                " / ".join(
+                    f"{1e3 * arm['measured']['seconds_by_layer'][part][i]:.0f}"
+                    for part in _BY_LAYER
+                )
                 for arm in arms
             ),
         )

@@ -54,7 +54,12 @@ def check_num_ranks(placement: Placement, num_ranks: int) -> None:
 
 
 def check_memory(
-    layout: ModelLayout, placement: Placement, ranks: Sequence[int], device: torch.device
+    layout: ModelLayout,
+    placement: Placement,
+    ranks: Sequence[int],
+    device: torch.device,
+    *,
+    holds_others: bool = False,
 ) -> None:
     """Raise InfeasibleError when the weights of some ranks do not fit where they go.
 
@@ -63,8 +68,11 @@ def check_memory(
         placement: where the experts are.
         ranks: on a CPU, all ranks of this host, which share its memory; else the one rank.
         device: where weights go.
+        holds_others: what is not an expert is there already.
     """
     needed = sum(share_bytes(layout, placement, rank) for rank in ranks)
+    if holds_others:
+        needed -= len(ranks) * layout.other_bytes
     if device.type == "cuda":
         free: int | None = torch.cuda.mem_get_info(device)[0]
         where = str(device)

@@ -66,9 +66,23 @@ class RowView:
         return int(self._cache.get_seq_length(layer_idx))
 
 
-def token_bytes(shapes: Shapes, dtype: torch.dtype) -> int:
-    """Bytes of one token's keys and values in all decoder layers."""
-    return sum(heads * width for pair in shapes for heads, width in pair) * dtype.itemsize
+@dataclass(frozen=True)
+class ContextBytes:
+    """What every other rank is sent of a token's context, over all decoder layers.
+
+    Attributes:
+        kv: keys and values.
+        rows: the token's row in the batch, which goes with them.
+    """
+
+    kv: int = 0
+    rows: int = 0
+
+
+def token_bytes(shapes: Shapes, dtype: torch.dtype) -> ContextBytes:
+    """Of one token."""
+    elements = sum(heads * width for pair in shapes for heads, width in pair)
+    return ContextBytes(elements * dtype.itemsize, 4 * len(shapes))
 
 
 def share_context(
@@ -90,7 +104,8 @@ def share_context(
         counters: counts bytes of keys and values, and the rest as control.
     """
     num_layers = len(shapes)
-    per_token = token_bytes(shapes, dtype) + 4 * num_layers + 12
+    of_token = token_bytes(shapes, dtype)
+    per_token = of_token.kv + of_token.rows + 12  # 12: a row's next token
     message = _pack(new, num_layers)
     bounds = [4 * (num_layers + 1) + most * per_token for most in most_of_rank]
     parts, sent = all_gather(

@@ -31,6 +31,8 @@ class Counters:
         hidden_bytes: [L, 2, 3] bytes of those hidden states.
         routing_bytes: [L, 2, 3] bytes of slot ids, weights and row numbers that go with them.
         seconds: [L, 3] by layer and part, waiting for other ranks included.
+        context_seconds: of the exchanges that end passes (next tokens; under `coherent` also keys
+            and values), likewise.
         pairs: [L] token-expert pairs that this rank computed.
         kv_bytes: [3] bytes of keys and values that this rank sent, by link.
         control_bytes: bytes of next tokens and headers that this rank sent.
@@ -43,6 +45,7 @@ class Counters:
     hidden_bytes: NDArray[np.int64] = field(init=False)
     routing_bytes: NDArray[np.int64] = field(init=False)
     seconds: NDArray[np.float64] = field(init=False)
+    context_seconds: float = 0.0
     pairs: NDArray[np.int64] = field(init=False)
     kv_bytes: NDArray[np.int64] = field(init=False)
     control_bytes: int = 0
@@ -58,6 +61,7 @@ class Counters:
         self.hidden_bytes = np.zeros(shape, np.int64)
         self.routing_bytes = np.zeros(shape, np.int64)
         self.seconds = np.zeros((self.num_layers, len(PARTS)))
+        self.context_seconds = 0.0
         self.pairs = np.zeros(self.num_layers, np.int64)
         self.kv_bytes = np.zeros(len(LINKS), np.int64)
         self.control_bytes = 0
@@ -71,6 +75,15 @@ class Counters:
             yield
         finally:
             self.seconds[layer, PARTS.index(part)] += self._now() - start
+
+    @contextmanager
+    def timed_context(self) -> Iterator[None]:
+        """Add the time that the block takes to `context_seconds`."""
+        start = self._now()
+        try:
+            yield
+        finally:
+            self.context_seconds += self._now() - start
 
     def sent(
         self, layer: int, way: int, link: Link, count: int, hidden_bytes: int, routing_bytes: int
@@ -98,7 +111,10 @@ class Counters:
             },
             "control_bytes": self.control_bytes,
             "pairs": int(self.pairs.sum()),
-            "seconds": dict(zip(PARTS, (float(v) for v in totals), strict=True)),
+            "seconds": {
+                **dict(zip(PARTS, (float(v) for v in totals), strict=True)),
+                "context": self.context_seconds,
+            },
             "collectives": dict(sorted(self.collectives.items())),
         }
 

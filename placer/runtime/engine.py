@@ -72,7 +72,6 @@ class Engine:
         model: with this rank's experts only; from `load_share`. It is changed.
         placement: where the experts are.
         transport: moves bytes.
-        deduplicate_nodes: under `alltoall`, one copy of a token per other node.
         recorder: keeps which experts tokens took; None not to.
 
     Attributes:
@@ -91,7 +90,6 @@ class Engine:
         placement: Placement,
         transport: Transport,
         *,
-        deduplicate_nodes: bool = False,
         recorder: Recorder | None = None,
     ) -> None:
         self.layout, self.model = layout, model
@@ -106,7 +104,6 @@ class Engine:
         self.serving = Serving(placement, transport.rank, device)
         self._run_experts: Experts = self._fixed
         self._tokens: PassTokens | None = None
-        self._by_node = deduplicate_nodes
         self._dispatch: Callable[[Group, int, Tokens], Tensor] = alltoall
         for i, layer in enumerate(layout.layers):
             parent = model.get_submodule(parent_of(layer.experts))
@@ -118,12 +115,17 @@ class Engine:
     def device(self) -> torch.device:
         return self.group.transport.device
 
-    def choose(self, dispatch: Dispatch) -> None:
-        """Take a dispatch model for passes in which tokens stay at home."""
+    def choose(self, dispatch: Dispatch, deduplicate_nodes: bool) -> None:
+        """Take a dispatch model for passes in which tokens stay at home.
+
+        Args:
+            dispatch: the model; `coherent` stays at home only to prefill, as `alltoall`.
+            deduplicate_nodes: under `alltoall`, one copy of a token per other node.
+        """
         if dispatch == "allgather":
             self._dispatch = allgather
         else:
-            self._dispatch = alltoall_by_node if self._by_node else alltoall
+            self._dispatch = alltoall_by_node if deduplicate_nodes else alltoall
 
     def swap_experts(self, run: Experts) -> Experts:
         """Have the experts' slots call something else; returns what they called before."""

@@ -15,7 +15,13 @@ from torch import Tensor
 
 from placer.errors import UsageError
 from placer.plan import Dispatch
-from placer.runtime.context_cache import NewContext, append_context, share_context
+from placer.runtime.context_cache import (
+    ContextBytes,
+    NewContext,
+    append_context,
+    share_context,
+    token_bytes,
+)
 from placer.runtime.engine import Engine, PassTokens
 from placer.runtime.gather import all_gather
 from placer.runtime.moving import Mover
@@ -80,13 +86,23 @@ class Generator:
     Args:
         engine: one rank's model.
         dispatch: `coherent` runs prefill as `alltoall`, and then moves tokens.
+        deduplicate_nodes: under `alltoall`, one copy of a token per other node.
     """
 
-    def __init__(self, engine: Engine, dispatch: Dispatch) -> None:
-        self._engine = engine
-        engine.choose(dispatch)
+    def __init__(
+        self, engine: Engine, dispatch: Dispatch, *, deduplicate_nodes: bool = False
+    ) -> None:
+        self._engine, self._dispatch = engine, dispatch
+        self._by_node = deduplicate_nodes
         self._mover = Mover(engine) if dispatch == "coherent" else None
         self._step = 0
+
+    @property
+    def context_bytes(self) -> ContextBytes:
+        """Of one token; nothing where tokens stay."""
+        if self._mover is None:
+            return ContextBytes()
+        return token_bytes(self._mover.shapes, self._engine.layout.dtype)
 
     def generate(
         self,
@@ -113,6 +129,7 @@ class Generator:
             homes = [i % transport.num_ranks for i in range(len(prompts))]
         batch = _Batch([list(p) for p in prompts], np.array(homes, np.int64), stop_tokens)
         run = _Run(self._engine, self._mover, batch, keep_logits, self._step)
+        self._engine.choose(self._dispatch, self._by_node)  # generators may share an engine
         with torch.inference_mode():
             start = time.perf_counter()
             run.prefill()
@@ -215,9 +232,10 @@ class _Run:
         message = rows.to(self._engine.device).contiguous().view(torch.uint8)
         most = [int(((self._batch.homes == r) & ~self._batch.is_over).sum())
                 for r in range(group.transport.num_ranks)]  # fmt: skip
-        parts, sent = all_gather(
-            group.transport, message, most, "the exchange of new tokens", group.counters
-        )
+        with group.counters.timed_context():
+            parts, sent = all_gather(
+                group.transport, message, most, "the exchange of new tokens", group.counters
+            )
         group.counters.control_bytes += 16 * int(sent.sum())
         for part in parts:
             for request, token in part.contiguous().view(torch.int64).reshape(-1, 2).tolist():
@@ -278,10 +296,11 @@ class _Run:
         """The one all-gather of the pass: keys, values and next tokens."""
         assert self._mover is not None
         group = self._engine.group
-        found = share_context(
-            group.transport, new, self._mover.shapes, self._engine.layout.dtype, most,
-            group.counters,
-        )  # fmt: skip
+        with group.counters.timed_context():
+            found = share_context(
+                group.transport, new, self._mover.shapes, self._engine.layout.dtype, most,
+                group.counters,
+            )  # fmt: skip
         append_context(self._cache, found, starts.to(self._engine.device), width)
         for part in found:
             for request, token in zip(part.rows.tolist(), part.next_tokens.tolist(), strict=True):

@@ -34,11 +34,20 @@ def load_share(
     placement: Placement,
     rank: int,
     device: torch.device,
+    others: Any = None,
 ) -> tuple[Any, LoadMemory]:
     """The model with a rank's experts only.
 
     Every experts' module holds the experts of the rank's filled slots, in the order of slots, as
     its experts 0, 1, ...; a rank without any in a layer holds none.
+
+    Args:
+        layout: of the model.
+        mapping: reads the checkpoint.
+        placement: where the experts are.
+        rank: this rank.
+        device: where weights go.
+        others: a model that was loaded before; what is not an expert is taken from it, not read.
 
     Returns:
         The model, in evaluation mode, and what memory it took.
@@ -50,7 +59,14 @@ def load_share(
         _load_experts(model.get_submodule(layer.experts), layer.experts, experts, layout, mapping,
                       device)  # fmt: skip
     apart = tuple(f"{layer.experts}." for layer in layout.layers)
-    _load_others(model, apart, mapping, device)
+    if others is None:
+        _load_others(model, apart, mapping, device)
+    else:
+        _take_others(model, apart, others)
+    model.tie_weights()
+    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if left:
+        raise BadFileError(f"{mapping.checkpoint.folder} lacks {left[0]}")
     _make_buffers(model, device)
     tensors = [*model.parameters(), *model.buffers()]
     memory = LoadMemory(
@@ -96,10 +112,19 @@ def _load_others(
             module._buffers[key] = _initialised(held)
         else:
             setattr(module, key, _frozen(held))
-    model.tie_weights()
-    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if left:
-        raise BadFileError(f"{mapping.checkpoint.folder} lacks {left[0]}")
+
+
+def _take_others(model: Any, apart: tuple[str, ...], loaded: Any) -> None:
+    """Have a model use the very tensors of another one."""
+    for path, module in loaded.named_modules():
+        for held in (module._parameters, module._buffers):
+            for key, tensor in held.items():
+                name = f"{path}.{key}" if path else key
+                if tensor is None or name.startswith(apart):
+                    continue
+                ours = model.get_submodule(path)
+                own = ours._buffers if held is module._buffers else ours._parameters
+                own[key] = tensor
 
 
 def _make_buffers(model: Any, device: torch.device) -> None:

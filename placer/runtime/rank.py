@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -55,6 +55,7 @@ class RankModel:
     Attributes:
         memory: what loading took.
         num_checked: slots of all ranks whose checksums were right; None when not asked for.
+        engine: the model, with this rank's experts.
         generator: generates.
         counters: what was sent and how long it took; `reset()` it after a warm-up.
         recorder: which experts tokens took, where that was asked for.
@@ -62,9 +63,15 @@ class RankModel:
 
     memory: LoadMemory
     num_checked: int | None
+    engine: Engine
     generator: Generator
     counters: Counters
     recorder: Recorder | None
+
+    def under(self, dispatch: Dispatch, *, deduplicate_nodes: bool = False) -> RankModel:
+        """The same weights with another dispatch model; they take turns."""
+        generator = Generator(self.engine, dispatch, deduplicate_nodes=deduplicate_nodes)
+        return replace(self, generator=generator)
 
 
 def load_rank_model(
@@ -76,6 +83,7 @@ def load_rank_model(
     deduplicate_nodes: bool = False,
     record: bool = False,
     check: bool = False,
+    others: RankModel | None = None,
 ) -> RankModel:
     """Load this rank's share and make it part of the group.
 
@@ -87,24 +95,23 @@ def load_rank_model(
         deduplicate_nodes: under `alltoall`, one copy of a token per other node.
         record: keep which experts tokens took.
         check: prove by checksums that every slot of every rank holds the expert that it should.
+        others: a loaded model of the same checkpoint; what is not an expert is shared with it.
 
     Raises:
         WrongExpertError: one does not.
     """
     model, memory = load_share(
-        source.layout, source.mapping, placement, transport.rank, transport.device
-    )
+        source.layout, source.mapping, placement, transport.rank, transport.device,
+        None if others is None else others.engine.model,
+    )  # fmt: skip
     num_checked = None
     if check:
         stacks = [model.get_submodule(layer.experts) for layer in source.layout.layers]
         num_checked = verify(source.layout, source.mapping, placement, stacks, transport)
     recorder = Recorder() if record else None
-    engine = Engine(
-        source.layout, model, placement, transport,
-        deduplicate_nodes=deduplicate_nodes, recorder=recorder,
-    )  # fmt: skip
-    generator = Generator(engine, dispatch)
-    return RankModel(memory, num_checked, generator, engine.counters, recorder)
+    engine = Engine(source.layout, model, placement, transport, recorder=recorder)
+    generator = Generator(engine, dispatch, deduplicate_nodes=deduplicate_nodes)
+    return RankModel(memory, num_checked, engine, generator, engine.counters, recorder)
 
 
 def device_of(context: RankContext, wanted: str = "auto") -> torch.device:

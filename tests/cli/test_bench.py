@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from .running import fails, succeeds
 
 MODEL = Path(__file__).resolve().parents[2] / "examples" / "model"
 PROMPTS = ("def main", "The", "int x")
+EXACT = dict.fromkeys(("messages", "hidden_bytes", "routing_bytes", "kv_bytes", "pairs"), True)
 pytestmark = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("torch", "transformers")),
     reason="needs the trace extra",
@@ -56,7 +58,7 @@ def test_what_is_counted_is_what_the_replay_predicts(benched):
     _, document, _, _ = benched
     assert list(document["arms"])[:2] == ["plan", "contiguous"]
     for arm in document["arms"].values():
-        assert arm["exact"] == {"messages": True, "hidden_bytes": True, "pairs": True}
+        assert arm["exact"] == EXACT
         assert arm["repeats_counted_the_same"]
         assert arm["same_tokens_as_plan"]
         measured = arm["measured"]
@@ -115,6 +117,48 @@ def test_a_bench_of_other_settings_is_refused_and_shown_for_people(benched):
     plan = folder / "moved.json"
     other = fails(2, folder, *arguments(plan, "--batch-size", 3, "-o", folder / "kept"), hint=True)
     assert "batch_size" in other
+
+
+@pytest.fixture(scope="module")
+def top_1(tmp_path_factory):
+    """The shipped model with one expert per token."""
+    folder = tmp_path_factory.mktemp("top-1") / "model"
+    shutil.copytree(MODEL, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": 1}))
+    return folder
+
+
+def test_ways_of_dispatch_take_turns_and_send_what_is_predicted(top_1, tmp_path):
+    ways = ("coherent", "alltoall", "alltoall-by-node", "allgather")
+    asked = [part for way in ways for part in ("--dispatch", way)]
+    plan = plan_for(tmp_path, reverse=True)
+    more = ("--repeats", 1, "--cluster", "local-cpu", "--model", top_1, "--json", *asked)
+    arms = succeeds(*arguments(plan, *more)).document()["arms"]
+    assert [arm["dispatch"] for arm in arms.values()] == [*ways, *ways]
+    assert list(arms)[:2] == ["plan", "plan (alltoall)"]
+    for arm in arms.values():
+        assert arm["exact"] == EXACT
+        assert arm["repeats_counted_the_same"]
+        assert arm["same_tokens_as_plan"]
+        assert arm["predicted"]["seconds"]["context"] > 0
+    moving, fixed = arms["plan"]["measured"], arms["plan (alltoall)"]["measured"]
+    # 2 batches of 3 passes and 8 layers; all passes there and back, or only the first of each
+    assert fixed["collectives"]["all_to_all"] == 2 * 8 * 3 * 2
+    assert moving["collectives"]["all_to_all"] == 2 * 8 * (2 + 2)
+
+
+def test_plans_run_as_they_were_made_for(top_1, tmp_path):
+    plan, other = plan_for(tmp_path), tmp_path / "coherent.json"
+    table = contiguous(8, 32, 2, 16, 1)
+    write_plan(Plan(table, tuple(range(8)), dispatch="coherent"), other)
+    more = ("--repeats", 1, "--model", top_1, "--baseline", other, "--baseline", "contiguous")
+    document = succeeds(*arguments(plan, *more, "--json")).document()
+    found = {name: arm["dispatch"] for name, arm in document["arms"].items()}
+    assert found == {"plan": "alltoall", str(other): "coherent", "contiguous": "alltoall"}
+    kv = {name: arm["measured"]["kv_bytes"]["other_node"] for name, arm in document["arms"].items()}
+    tokens = document["prompt_tokens"] + len(PROMPTS) * 2  # the last ones made are never fed in
+    assert kv == {"plan": 0, str(other): tokens * 8 * 2 * 64 * 4, "contiguous": 0}
 
 
 def test_people_see_a_table(tmp_path):

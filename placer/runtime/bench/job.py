@@ -14,17 +14,41 @@ from placer.plan import Dispatch, Plan
 from placer.tracer.prompts import Prompt
 
 
-@dataclass(frozen=True, eq=False)
-class Arm:
-    """One of the placements that are compared.
+@dataclass(frozen=True)
+class Way:
+    """How tokens travel.
 
     Attributes:
-        name: "plan", or that of a baseline.
+        dispatch: the dispatch model.
+        deduplicate_nodes: under `alltoall`, one copy of a token per other node.
+    """
+
+    dispatch: Dispatch
+    deduplicate_nodes: bool = False
+
+    @property
+    def name(self) -> str:
+        return "alltoall-by-node" if self.deduplicate_nodes else self.dispatch
+
+
+@dataclass(frozen=True, eq=False)
+class Arm:
+    """A placement and a way of dispatch, one of those that are compared.
+
+    Attributes:
+        name: "plan", or that of a baseline; with the way in brackets where it has several.
         placement: where the experts are.
+        way: how tokens travel.
     """
 
     name: str
     placement: Placement
+    way: Way
+
+    @property
+    def placement_id(self) -> str:
+        """The same for equal placements."""
+        return _digest(self.placement.physical_to_logical.astype("<i8").tobytes())
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +60,6 @@ class BenchJob:
         plan_name: for messages.
         arms: the plan and its baselines.
         folder: of the checkpoint.
-        dispatch: how tokens travel.
-        deduplicate_nodes: under `alltoall`, one copy of a token per other node.
         prompts: the requests.
         max_new_tokens: of each request; stop tokens are ignored, so that all arms do as much.
         batch_size: requests that run together.
@@ -53,8 +75,6 @@ class BenchJob:
     plan_name: str
     arms: tuple[Arm, ...]
     folder: Path
-    dispatch: Dispatch
-    deduplicate_nodes: bool
     prompts: tuple[Prompt, ...]
     max_new_tokens: int
     batch_size: int
@@ -85,8 +105,6 @@ class BenchJob:
         """What repeats must agree in to be put together; as JSON."""
         return {
             "model": self.folder.resolve().name,
-            "dispatch": self.dispatch,
-            "deduplicate_nodes": self.deduplicate_nodes,
             "dtype": self.dtype,
             "device": self.device,
             "num_ranks": self.plan.placement.num_ranks,
@@ -95,10 +113,7 @@ class BenchJob:
             "requests_sha256": _digest(repr(self.prompts).encode()),
             "max_new_tokens": self.max_new_tokens,
             "batch_size": self.batch_size,
-            "arms": {
-                arm.name: _digest(arm.placement.physical_to_logical.astype("<i8").tobytes())
-                for arm in self.arms
-            },
+            "arms": {arm.name: [arm.placement_id, arm.way.name] for arm in self.arms},
         }
 
 

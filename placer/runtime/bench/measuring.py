@@ -38,8 +38,8 @@ class Requests:
 def run_once(rank: RankModel, transport: Transport, requests: Requests) -> dict[str, Any]:
     """All requests, once; every rank gets the figures of the whole group, as JSON.
 
-    `seconds` by layer and part are means over ranks, waiting for others included, so that with
-    `rest` (everything that is not a MoE layer's experts) they add up to the mean rank's time.
+    `seconds` by layer and part, and of the exchanges that end passes (`context`), are means over
+    ranks, waiting for others included, so that with `rest` they add up to the mean rank's time.
     """
     counters = rank.counters
     transport.barrier("the start of a repeat", counters)
@@ -62,6 +62,7 @@ def run_once(rank: RankModel, transport: Transport, requests: Requests) -> dict[
         "prefill": prefill,
         "decode": decode,
         "seconds": counters.seconds,
+        "context": counters.context_seconds,
         "messages": counters.messages,
         "hidden_bytes": counters.hidden_bytes,
         "routing_bytes": counters.routing_bytes,
@@ -108,6 +109,7 @@ def _put_together(everybody: list[dict[str, Any]], made: list[list[int]]) -> dic
         return dict(zip(LINKS, (int(v) for v in values), strict=True))
 
     seconds = total("seconds") / len(everybody)  # [L, parts]
+    context = float(total("context")) / len(everybody)
     wall = max(float(one["wall"]) for one in everybody)
     mean_wall = float(total("wall")) / len(everybody)
     pairs = np.stack([one["pairs"] for one in everybody], axis=1)  # [L, G]
@@ -120,7 +122,8 @@ def _put_together(everybody: list[dict[str, Any]], made: list[list[int]]) -> dic
         "tokens_per_second": new_tokens / wall,
         "seconds": {
             **{part: float(seconds[:, i].sum()) for i, part in enumerate(PARTS)},
-            "rest": mean_wall - float(seconds.sum()),
+            "context": context,
+            "rest": mean_wall - float(seconds.sum()) - context,
         },
         "seconds_by_layer": {part: seconds[:, i].tolist() for i, part in enumerate(PARTS)},
         "messages": by_link(total("messages").sum(axis=(0, 1))),

@@ -9,31 +9,35 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from placer.cluster import Cluster
 from placer.cost.batching import recorded_passes
+from placer.cost.links import Links
 from placer.cost.pricing import Pricing, Transport
 from placer.cost.serving import Server, home_ranks
 from placer.cost.walking import Setting, count_batches, price_batches
 from placer.placement import Placement
 from placer.plan import Dispatch
+from placer.runtime.bench.job import Way
+from placer.runtime.context_cache import ContextBytes
 from placer.runtime.counters import Link
 from placer.runtime.rows import routing_bytes
 from placer.trace import DECODE, PREFILL, Trace
 from placer.trace.model import ModelDims
 
 _MOVING: tuple[Link, ...] = ("same_node", "other_node")  # the replay's links 0 and 1
+_NEXT_TOKEN_BYTES = 16  # a request's number and its next token
 
 
 def predict(
     trace: Trace,
     placement: Placement,
-    dispatch: Dispatch,
+    way: Way,
     *,
-    deduplicate_nodes: bool,
     dims: ModelDims,
     element_bytes: int,
-    kv_bytes_per_token: float | None,
+    context_bytes: ContextBytes,
     cluster: Cluster | None,
 ) -> dict[str, Any]:
     """As JSON; the keys are those of what is measured.
@@ -41,61 +45,47 @@ def predict(
     Args:
         trace: the tokens, with forward passes and homes.
         placement: where the experts are.
-        dispatch: of decode; under `coherent`, prefill runs as `alltoall`.
-        deduplicate_nodes: one copy of a token per other node.
+        way: how tokens travel; under `coherent`, prefill runs as `alltoall`.
         dims: of the model, as its weights are held.
         element_bytes: of an element of a hidden state.
-        kv_bytes_per_token: keys and values of a token over all layers.
+        context_bytes: of a token, that every other rank is sent when a pass ends.
         cluster: None for no times.
     """
-    num_layers, num_ranks = placement.num_layers, placement.num_ranks
-    messages = np.zeros((num_layers, 2, len(_MOVING)), np.int64)
-    pairs = np.zeros((num_layers, num_ranks), np.int64)
-    seconds: dict[str, Any] = {
-        part: np.zeros(num_layers) for part in ("dispatch", "compute", "combine")
-    }
-    kv_seconds = 0.0
+    messages = np.zeros((placement.num_layers, 2, len(_MOVING)), np.int64)
+    routing = np.zeros(len(_MOVING), np.int64)
+    pairs = np.zeros((placement.num_layers, placement.num_ranks), np.int64)
+    seconds = {part: np.zeros(placement.num_layers) for part in ("dispatch", "compute", "combine")}
     missing: tuple[str, ...] = ()
     for phase in (PREFILL, DECODE):
         part = trace.select(trace.phase == phase)
         if not part.num_tokens:
             continue
-        how: Dispatch = "alltoall" if (dispatch, phase) == ("coherent", PREFILL) else dispatch
-        server = Server(placement, how, "local")
+        how: Dispatch = "alltoall" if (way.dispatch, phase) == ("coherent", PREFILL) else (
+            way.dispatch
+        )  # fmt: skip
         setting = Setting(
-            part, home_ranks(part, num_ranks), server, how, deduplicate_nodes,
-            num_ranks if cluster is None else cluster.ranks_per_leaf, False, np.zeros(0),
+            part, home_ranks(part, placement.num_ranks), Server(placement, how, "local"), how,
+            way.deduplicate_nodes,
+            placement.num_ranks if cluster is None else cluster.ranks_per_leaf, False, np.zeros(0),
         )  # fmt: skip
-        batching = recorded_passes(part)
-        for counts in count_batches(setting, batching):
-            pairs += counts.pairs.sum(axis=0, dtype=np.int64)
-            for way, states in enumerate((counts.dispatch, counts.combine)):
-                sent = states[:, :, :, 0].sum(axis=(0, 3), dtype=np.int64)  # [L, link]
-                messages[:, way] += sent[:, :2]
-        if how == "allgather":
-            messages += _gathered(part.num_tokens, placement)
-        if cluster is None:
-            continue
-        transport = _transport(
-            deduplicate_nodes, int(dims.hidden_size or 1), element_bytes, trace.top_k,
-            how == "coherent", kv_bytes_per_token,
-        )  # fmt: skip
-        pricing = Pricing(cluster, dims, transport, how, trace.top_k)
-        missing = pricing.missing
-        priced_setting = setting._replace(
-            with_pairs=pricing.links.has_pairs, increments=pricing.increments
-        )
-        for priced in price_batches(priced_setting, batching, pricing):
-            for name, total in seconds.items():
-                total += getattr(priced, f"{name}_us").sum(axis=0) / 1e6
-            kv_seconds += float(priced.kv_us.sum()) / 1e6
-    state_bytes = int(dims.hidden_size or 0) * element_bytes
-    moving = messages.sum(axis=(0, 1))
+        sent, computed = _counted(setting)
+        messages += sent
+        pairs += computed
+        of_way = np.array(_beside(trace.top_k, how))
+        routing += np.tensordot(of_way, sent.sum(axis=0), 1)
+        if cluster is not None:
+            transport = _transport(way, int(dims.hidden_size or 1), element_bytes, trace.top_k, how)
+            pricing = Pricing(cluster, dims, transport, how, trace.top_k)
+            missing = pricing.missing
+            _add_times(seconds, setting, pricing)
+    states = messages.sum(axis=(0, 1))
     found: dict[str, Any] = {
         "modelled": True,
         "tokens": trace.num_tokens,
-        "hidden_bytes": dict(zip(_MOVING, map(int, moving * state_bytes), strict=True)),
-        "messages": dict(zip(_MOVING, map(int, moving), strict=True)),
+        "hidden_bytes": _by_link(states * int(dims.hidden_size or 0) * element_bytes),
+        "routing_bytes": _by_link(routing),
+        "kv_bytes": _by_link(_gathered(trace.num_tokens * context_bytes.kv, placement)),
+        "messages": _by_link(states),
         "pairs": pairs.tolist(),
         "imbalance": float((pairs.max(axis=1) / pairs.mean(axis=1)).mean()),
         "seconds": None,
@@ -104,30 +94,70 @@ def predict(
     }
     if cluster is not None and not missing:
         found["seconds"] = {
-            **{name: float(total.sum()) for name, total in seconds.items()}, "kv": kv_seconds,
-        }  # fmt: skip
+            **{name: float(total.sum()) for name, total in seconds.items()},
+            "context": _context_seconds(trace, context_bytes, cluster),
+        }
         found["seconds_by_layer"] = {name: total.tolist() for name, total in seconds.items()}
     return found
 
 
-def _gathered(num_tokens: int, placement: Placement) -> np.ndarray:
-    """[2] states by link, one way, of a layer: to every node once, from there to its ranks."""
-    across = num_tokens * (placement.num_nodes - 1)
-    within = num_tokens * (placement.num_ranks - 1) - across
-    return np.array([within, across])
+def _counted(setting: Setting) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """[L, way, link] hidden states that move, and [L, G] pairs, in all passes together."""
+    placement = setting.server.placement
+    messages = np.zeros((placement.num_layers, 2, len(_MOVING)), np.int64)
+    pairs = np.zeros((placement.num_layers, placement.num_ranks), np.int64)
+    for counts in count_batches(setting, recorded_passes(setting.trace)):
+        pairs += counts.pairs.sum(axis=0, dtype=np.int64)
+        for way, states in enumerate((counts.dispatch, counts.combine)):
+            sent = states[:, :, :, 0].sum(axis=(0, 3), dtype=np.int64)  # [L, link]
+            messages[:, way] += sent[:, : len(_MOVING)]
+    if setting.dispatch == "allgather":
+        messages += _gathered(setting.trace.num_tokens, placement)
+    return messages, pairs
+
+
+def _gathered(total: int, placement: Placement) -> NDArray[np.int64]:
+    """[2] by link: what an all-gather sends of so much; to every node once, there to all ranks."""
+    across = total * (placement.num_nodes - 1)
+    within = total * (placement.num_ranks - 1) - across
+    return np.array([within, across], np.int64)
+
+
+def _add_times(seconds: dict[str, NDArray[np.float64]], setting: Setting, pricing: Pricing) -> None:
+    """Add what these passes take by layer, [L] each."""
+    setting = setting._replace(with_pairs=pricing.links.has_pairs, increments=pricing.increments)
+    for priced in price_batches(setting, recorded_passes(setting.trace), pricing):
+        for name, total in seconds.items():
+            total += getattr(priced, f"{name}_us").sum(axis=0) / 1e6
+
+
+def _context_seconds(trace: Trace, context_bytes: ContextBytes, cluster: Cluster) -> float:
+    """Of the all-gathers that end passes: next tokens, and the context of all tokens."""
+    assert trace.step is not None
+    _, of_token = np.unique(trace.step, return_inverse=True)
+    tokens = np.bincount(of_token.reshape(-1))
+    requests = np.array([len(np.unique(trace.request[of_token == i])) for i in range(len(tokens))])
+    total_bytes = tokens * (context_bytes.kv + context_bytes.rows) + requests * _NEXT_TOKEN_BYTES
+    wire, latency, _ = Links(cluster).all_gather(total_bytes.astype(np.float64))
+    return float((wire + latency).sum()) / 1e6
+
+
+def _beside(top_k: int, how: Dispatch) -> tuple[int, int]:
+    """Bytes that go with a hidden state on dispatch and on combine."""
+    moves = how == "coherent"
+    return routing_bytes(top_k, moves), 4 * moves
 
 
 def _transport(
-    deduplicate_nodes: bool,
-    hidden_size: int,
-    element_bytes: int,
-    top_k: int,
-    with_row: bool,
-    kv_bytes_per_token: float | None,
+    way: Way, hidden_size: int, element_bytes: int, top_k: int, how: Dispatch
 ) -> Transport:
-    """Bytes of elements with the routing that travels beside them spread over them."""
-    there = routing_bytes(top_k, with_row) / hidden_size
-    back = 4 * with_row / hidden_size
-    return Transport(
-        deduplicate_nodes, element_bytes + there, element_bytes + back, kv_bytes_per_token
-    )
+    """Bytes of elements with what goes beside them spread over them.
+
+    Keys and values are priced apart, by `_context_seconds`.
+    """
+    there, back = (element_bytes + extra / hidden_size for extra in _beside(top_k, how))
+    return Transport(way.deduplicate_nodes, there, back, kv_bytes_per_token=0)
+
+
+def _by_link(values: NDArray[np.int64]) -> dict[str, int]:
+    return dict(zip(_MOVING, map(int, values), strict=True))

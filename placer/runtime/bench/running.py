@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from placer.models import load_shape
 from placer.runtime.applying import tokenizer_of
 from placer.runtime.bench.job import Arm, BenchJob
 from placer.runtime.bench.measuring import Requests, record_once, run_once
@@ -15,6 +14,7 @@ from placer.runtime.bench.store import Store
 from placer.runtime.bench.summary import put_together
 from placer.runtime.checks import check_memory, check_num_ranks, check_plan
 from placer.runtime.context import RankContext
+from placer.runtime.context_cache import ContextBytes
 from placer.runtime.meeting import joined
 from placer.runtime.rank import RankModel, Source, device_of, load_rank_model, open_source
 from placer.runtime.recording import Fragment, merge
@@ -43,19 +43,29 @@ def bench_on_rank(context: RankContext, job: BenchJob) -> dict[str, Any] | None:
     # only rank 0 looks into the folder: other hosts may not share it
     store = Store(job.output if context.rank == 0 else None, job.settings())
     with joined(context, device) as transport:
+        loaded: dict[str, RankModel] = {}  # all stay, so that repeats can take turns
         ranks: list[tuple[Arm, RankModel]] = []
-        for arm in job.arms:  # all stay loaded, so that repeats can take turns
-            check_memory(source.layout, arm.placement, hosted, device)
-            loaded = load_rank_model(
-                source, arm.placement, transport, job.dispatch,
-                deduplicate_nodes=job.deduplicate_nodes, record=True, check=True,
-            )  # fmt: skip
-            ranks.append((arm, loaded))
+        for arm in job.arms:
+            dispatch, by_node = arm.way.dispatch, arm.way.deduplicate_nodes
+            if arm.placement_id in loaded:
+                rank = loaded[arm.placement_id].under(dispatch, deduplicate_nodes=by_node)
+            else:
+                others = next(iter(loaded.values()), None)
+                check_memory(source.layout, arm.placement, hosted, device,
+                             holds_others=others is not None)  # fmt: skip
+                rank = loaded[arm.placement_id] = load_rank_model(
+                    source, arm.placement, transport, dispatch, deduplicate_nodes=by_node,
+                    record=True, check=True, others=others,
+                )  # fmt: skip
+            ranks.append((arm, rank))
         recorded = {}
         for arm, rank in ranks:
             measured, fragments = record_once(rank, transport, requests)
             if context.rank == 0:
-                recorded[arm.name] = (measured, _predicted(job, arm, source, requests, fragments))
+                context_bytes = rank.generator.context_bytes
+                recorded[arm.name] = (
+                    measured, _predicted(job, arm, source, requests, fragments, context_bytes),
+                )  # fmt: skip
             for _ in range(job.warm_ups - 1):
                 run_once(rank, transport, requests)
         missing: list[Any] = [store.missing(job.repeats)]
@@ -72,7 +82,12 @@ def bench_on_rank(context: RankContext, job: BenchJob) -> dict[str, Any] | None:
 
 
 def _predicted(
-    job: BenchJob, arm: Arm, source: Source, requests: Requests, fragments: list[Fragment]
+    job: BenchJob,
+    arm: Arm,
+    source: Source,
+    requests: Requests,
+    fragments: list[Fragment],
+    context_bytes: ContextBytes,
 ) -> dict[str, Any]:
     layout = source.layout
     trace = merge(
@@ -85,17 +100,12 @@ def _predicted(
     )
     matrices = sum(int(np.prod(s)) for s in layout.expert_parameters.values() if len(s) >= 2)
     dims = ModelDims(job.folder.name, layout.hidden_size, layout.expert_bytes, 2.0 * matrices)
-    kv_bytes = None
-    if job.dispatch == "coherent":
-        two_bytes = load_shape(str(job.folder)).kv_bytes_per_token
-        kv_bytes = None if two_bytes is None else two_bytes / 2 * layout.dtype.itemsize
     return predict(
         trace,
         arm.placement,
-        job.dispatch,
-        deduplicate_nodes=job.deduplicate_nodes,
+        arm.way,
         dims=dims,
         element_bytes=layout.dtype.itemsize,
-        kv_bytes_per_token=kv_bytes,
+        context_bytes=context_bytes,
         cluster=job.cluster,
     )

@@ -7,14 +7,15 @@ from statistics import median
 from typing import Any
 
 from placer import __version__
-from placer.runtime.bench.job import BenchJob
+from placer.runtime.bench.job import Arm, BenchJob
 
 FORMAT = "placer.bench"
 SCHEMA_VERSION = 1
-PARTS = ("dispatch", "compute", "combine", "rest")
-_MODELLED = ("dispatch", "compute", "combine")
-_COUNTS = ("messages", "hidden_bytes", "pairs")
-_ALSO_COUNTED = ("routing_bytes", "kv_bytes", "control_bytes", "collectives", "imbalance")
+_BY_LAYER = ("dispatch", "compute", "combine")
+_MODELLED = (*_BY_LAYER, "context")
+PARTS = (*_MODELLED, "rest")
+_COUNTS = ("messages", "hidden_bytes", "routing_bytes", "kv_bytes", "pairs")
+_ALSO_COUNTED = ("control_bytes", "collectives", "imbalance")
 
 Measured = dict[str, Any]
 
@@ -34,15 +35,14 @@ def put_together(
         num_new: repeats that were made by this run; the others were found.
     """
     names = [arm.name for arm in job.arms]
-    # what is not experts' work is the same for all arms, so it is taken over all of them
-    rest = median(repeat[name]["seconds"]["rest"] for repeat in repeats for name in names)
+    rest = _rest_by_way(job, repeats)
     arms = {}
-    for name in names:
-        runs = [repeat[name] for repeat in repeats]
-        arms[name] = _arm(runs, *recorded[name], rest)
+    for arm in job.arms:
+        runs = [repeat[arm.name] for repeat in repeats]
+        arms[arm.name] = _arm(arm, runs, *recorded[arm.name], rest[arm.way.name])
     for name in names[1:]:
         arms[name]["plan_against_it"] = _factor(
-            arms["plan"], arms[name], [r["plan"] for r in repeats], [r[name] for r in repeats], rest
+            arms["plan"], arms[name], [r["plan"] for r in repeats], [r[name] for r in repeats]
         )
     first = repeats[0]["plan"]["tokens"]
     for name in names:
@@ -59,14 +59,26 @@ def put_together(
         "repeats_made_now": num_new,
         "warm_ups": job.warm_ups,
         "cluster": None if job.cluster is None else job.cluster.name,
-        "rest_seconds": rest,
         "plan_prediction": _own_prediction(job, repeats[0]["plan"], recorded["plan"][1]["tokens"]),
         "arms": arms,
     }
 
 
+def _rest_by_way(job: BenchJob, repeats: Sequence[dict[str, Measured]]) -> dict[str, float]:
+    """What is not modelled does not depend on the placement: the median over all arms of a way."""
+    return {
+        way: median(
+            repeat[arm.name]["seconds"]["rest"]
+            for repeat in repeats
+            for arm in job.arms
+            if arm.way.name == way
+        )
+        for way in {arm.way.name for arm in job.arms}
+    }
+
+
 def _arm(
-    runs: Sequence[Measured], warm: Measured, predicted: dict[str, Any], rest: float
+    arm: Arm, runs: Sequence[Measured], warm: Measured, predicted: dict[str, Any], rest: float
 ) -> dict[str, Any]:
     middle = {
         key: median(run[key] for run in runs)
@@ -79,7 +91,7 @@ def _arm(
             median(layer)
             for layer in zip(*(run["seconds_by_layer"][part] for run in runs), strict=True)
         ]
-        for part in _MODELLED
+        for part in _BY_LAYER
     }
     measured = {
         **middle,
@@ -89,6 +101,8 @@ def _arm(
         **{key: runs[0][key] for key in (*_COUNTS, *_ALSO_COUNTED)},
     }
     return {
+        "dispatch": arm.way.name,
+        "rest_seconds": rest,
         "measured": measured,
         "predicted": predicted,
         "repeats_counted_the_same": all(
@@ -107,17 +121,15 @@ def _agrees(measured: Any, predicted: Any) -> bool:
 
 
 def _errors(measured: Measured, predicted: dict[str, Any], rest: float) -> dict[str, float] | None:
-    """(predicted - measured) / measured of each part, of the experts' layers, of all."""
+    """(predicted - measured) / measured of each part, of what is modelled, of all."""
     if predicted["seconds"] is None:
         return None
     found = {
         part: _relative(predicted["seconds"][part], measured["seconds"][part]) for part in _MODELLED
     }
-    layers = sum(measured["seconds"][part] for part in _MODELLED)
-    modelled = sum(predicted["seconds"][part] for part in _MODELLED)
-    found["moe_layers"] = _relative(modelled, layers)
-    found["wall"] = _relative(modelled + predicted["seconds"]["kv"] + rest,
-                              measured["wall_seconds"])  # fmt: skip
+    modelled = sum(predicted["seconds"].values())
+    found["modelled"] = _relative(modelled, _modelled_of(measured))
+    found["wall"] = _relative(modelled + rest, measured["wall_seconds"])
     return found
 
 
@@ -130,35 +142,36 @@ def _factor(
     other: dict[str, Any],
     plan_runs: Sequence[Measured],
     other_runs: Sequence[Measured],
-    rest: float,
 ) -> dict[str, Any]:
     """How many times the other's tokens per second the plan makes; repeats are compared in pairs.
 
-    `predicted` adds the measured `rest` to the modelled time of either; `predicted_moe_layers` is
-    of the modelled time alone.
+    `predicted` adds the measured rest to the modelled time of either; `predicted_of_modelled` is
+    of the modelled time alone, `measured_of_modelled` of the same parts, measured.
     """
     ratios = [
         a["tokens_per_second"] / b["tokens_per_second"]
         for a, b in zip(plan_runs, other_runs, strict=True)
     ]
-    layers = [_layers_of(b) / _layers_of(a) for a, b in zip(plan_runs, other_runs, strict=True)]
+    parts = [_modelled_of(b) / _modelled_of(a) for a, b in zip(plan_runs, other_runs, strict=True)]
     found: dict[str, Any] = {
         "measured": median(ratios),
         "measured_range": [min(ratios), max(ratios)],
-        "measured_moe_layers": median(layers),
+        "measured_of_modelled": median(parts),
         "predicted": None,
-        "predicted_moe_layers": None,
+        "predicted_of_modelled": None,
         "error": None,
     }
     ours, theirs = plan["predicted"]["seconds"], other["predicted"]["seconds"]
     if ours is not None and theirs is not None:
-        found["predicted"] = (sum(theirs.values()) + rest) / (sum(ours.values()) + rest)
-        found["predicted_moe_layers"] = sum(theirs.values()) / sum(ours.values())
+        found["predicted"] = (sum(theirs.values()) + other["rest_seconds"]) / (
+            sum(ours.values()) + plan["rest_seconds"]
+        )
+        found["predicted_of_modelled"] = sum(theirs.values()) / sum(ours.values())
         found["error"] = _relative(found["predicted"], found["measured"])
     return found
 
 
-def _layers_of(run: Measured) -> float:
+def _modelled_of(run: Measured) -> float:
     return sum(float(run["seconds"][part]) for part in _MODELLED)
 
 
@@ -168,7 +181,7 @@ def _own_prediction(job: BenchJob, measured: Measured, tokens: int) -> dict[str,
     Only for messages under `alltoall` without node-level copies, whose definition is the counters'.
     """
     metrics = job.plan.prediction.get("metrics", {})
-    if job.dispatch != "alltoall" or job.deduplicate_nodes or "messages_alltoall" not in metrics:
+    if job.arms[0].way.name != "alltoall" or "messages_alltoall" not in metrics:
         return None
     promised = metrics["messages_alltoall"]
     sent = measured["dispatch_messages"]
