@@ -25,6 +25,7 @@ def bench_lines(document: Mapping[str, Any]) -> list[RenderableType]:
         f"{document['repeats']} repeats in turn after {document['warm_ups']} warm-up(s)",
     ]
     lines += _speed(document)
+    lines += _phases(document)
     lines += _times(document)
     lines += _traffic(document)
     lines += _layers(document)
@@ -54,6 +55,29 @@ def _speed(document: Mapping[str, Any]) -> list[RenderableType]:
         else "measured: medians; give --cluster for what the cost model predicts"
     )
     return titled("speed", table, caption)
+
+
+def _phases(document: Mapping[str, Any]) -> list[RenderableType]:
+    """Of each phase: seconds, how many times as fast the plan is, and what was predicted."""
+    table = plain_table()
+    table.add_column("placement")
+    table.add_column("dispatch")
+    for phase in ("prefill", "decode"):
+        for name in (phase, "plan is faster by", "predicted", "error"):
+            table.add_column(name, justify="right")
+    for name, arm in document["arms"].items():
+        row = [escape(name), arm["dispatch"]]
+        for phase in ("prefill", "decode"):
+            row.append(f"{arm['measured'][f'{phase}_seconds']:.3f} s")
+            factor = arm.get("plan_against_it", {}).get("by_phase", {}).get(phase)
+            row.append(f"{factor['measured']:.3f}x" if factor else "")
+            known = factor is not None and factor["predicted"] is not None
+            row += [f"{factor['predicted']:.3f}x", f"{factor['error']:+.1%}"] if known else ["", ""]
+        table.add_row(*row)
+    caption = (
+        "measured, medians; coherent prefills as alltoall does and then shares keys and values"
+    )
+    return titled("phases", table, caption)
 
 
 def _times(document: Mapping[str, Any]) -> list[RenderableType]:

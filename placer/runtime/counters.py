@@ -12,6 +12,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from placer.trace import PREFILL
+
 Link = Literal["same_rank", "same_node", "other_node"]
 Part = Literal["dispatch", "compute", "combine"]
 LINKS: tuple[Link, ...] = ("same_rank", "same_node", "other_node")
@@ -30,9 +32,10 @@ class Counters:
         messages: [L, 2, 3] hidden states by layer, way (0 dispatch, 1 combine) and link.
         hidden_bytes: [L, 2, 3] bytes of those hidden states.
         routing_bytes: [L, 2, 3] bytes of slot ids, weights and row numbers that go with them.
-        seconds: [L, 3] by layer and part, waiting for other ranks included.
-        context_seconds: of the exchanges that end passes (next tokens; under `coherent` also keys
-            and values), likewise.
+        phase: what runs now, PREFILL or DECODE of `placer.trace`.
+        seconds: [2, L, 3] by phase, layer and part, waiting for other ranks included.
+        context_seconds: [2] of the exchanges that end passes (next tokens; under `coherent` also
+            keys and values), likewise.
         pairs: [L] token-expert pairs that this rank computed.
         kv_bytes: [3] bytes of keys and values that this rank sent, by link.
         control_bytes: bytes of next tokens and headers that this rank sent.
@@ -41,11 +44,12 @@ class Counters:
 
     num_layers: int
     device: str = "cpu"
+    phase: int = PREFILL
     messages: NDArray[np.int64] = field(init=False)
     hidden_bytes: NDArray[np.int64] = field(init=False)
     routing_bytes: NDArray[np.int64] = field(init=False)
     seconds: NDArray[np.float64] = field(init=False)
-    context_seconds: float = 0.0
+    context_seconds: NDArray[np.float64] = field(init=False)
     pairs: NDArray[np.int64] = field(init=False)
     kv_bytes: NDArray[np.int64] = field(init=False)
     control_bytes: int = 0
@@ -60,8 +64,8 @@ class Counters:
         self.messages = np.zeros(shape, np.int64)
         self.hidden_bytes = np.zeros(shape, np.int64)
         self.routing_bytes = np.zeros(shape, np.int64)
-        self.seconds = np.zeros((self.num_layers, len(PARTS)))
-        self.context_seconds = 0.0
+        self.seconds = np.zeros((2, self.num_layers, len(PARTS)))
+        self.context_seconds = np.zeros(2)
         self.pairs = np.zeros(self.num_layers, np.int64)
         self.kv_bytes = np.zeros(len(LINKS), np.int64)
         self.control_bytes = 0
@@ -74,7 +78,7 @@ class Counters:
         try:
             yield
         finally:
-            self.seconds[layer, PARTS.index(part)] += self._now() - start
+            self.seconds[self.phase, layer, PARTS.index(part)] += self._now() - start
 
     @contextmanager
     def timed_context(self) -> Iterator[None]:
@@ -83,7 +87,7 @@ class Counters:
         try:
             yield
         finally:
-            self.context_seconds += self._now() - start
+            self.context_seconds[self.phase] += self._now() - start
 
     def sent(
         self, layer: int, way: int, link: Link, count: int, hidden_bytes: int, routing_bytes: int
@@ -103,7 +107,7 @@ class Counters:
             "routing_bytes": self.routing_bytes.sum(axis=(0, 1)),
             "kv_bytes": self.kv_bytes,
         }
-        totals = self.seconds.sum(axis=0)
+        totals = self.seconds.sum(axis=(0, 1))
         return {
             **{
                 name: dict(zip(LINKS, (int(v) for v in values), strict=True))
@@ -113,7 +117,7 @@ class Counters:
             "pairs": int(self.pairs.sum()),
             "seconds": {
                 **dict(zip(PARTS, (float(v) for v in totals), strict=True)),
-                "context": self.context_seconds,
+                "context": float(self.context_seconds.sum()),
             },
             "collectives": dict(sorted(self.collectives.items())),
         }

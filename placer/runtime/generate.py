@@ -25,6 +25,7 @@ from placer.runtime.context_cache import (
 from placer.runtime.engine import Engine, PassTokens
 from placer.runtime.gather import all_gather
 from placer.runtime.moving import Mover
+from placer.trace import DECODE, PREFILL
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,10 +131,13 @@ class Generator:
         batch = _Batch([list(p) for p in prompts], np.array(homes, np.int64), stop_tokens)
         run = _Run(self._engine, self._mover, batch, keep_logits, self._step)
         self._engine.choose(self._dispatch, self._by_node)  # generators may share an engine
+        counters = self._engine.counters
         with torch.inference_mode():
             start = time.perf_counter()
+            counters.phase = PREFILL
             run.prefill()
             middle = time.perf_counter()
+            counters.phase = DECODE
             while run.made < max_new_tokens and not batch.is_over.all():
                 run.decode()
             end = time.perf_counter()

@@ -86,9 +86,14 @@ def test_times_add_up_and_predictions_stand_beside_them(benched):
             modelled = arm["predicted"]["seconds"][part]
             assert modelled / measured["seconds"][part] - 1 == pytest.approx(error[part])
             assert sum(arm["predicted"]["seconds_by_layer"][part]) == pytest.approx(modelled)
+        phases = arm["predicted"]["seconds_by_phase"]
+        for part, modelled in arm["predicted"]["seconds"].items():
+            assert sum(phase[part] for phase in phases.values()) == pytest.approx(modelled)
     factor = document["arms"]["contiguous"]["plan_against_it"]
     assert factor["measured_range"][0] <= factor["measured"] <= factor["measured_range"][1]
-    assert factor["predicted"] / factor["measured"] - 1 == pytest.approx(factor["error"])
+    for found in (factor, *factor["by_phase"].values()):
+        assert found["predicted"] / found["measured"] - 1 == pytest.approx(found["error"])
+    assert list(factor["by_phase"]) == ["prefill", "decode"]
 
 
 def test_a_bench_goes_on_where_it_was(benched):
@@ -163,7 +168,7 @@ def test_plans_run_as_they_were_made_for(top_1, tmp_path):
 
 def test_people_see_a_table(tmp_path):
     shown = succeeds(*arguments(plan_for(tmp_path, num_ranks=1), "--repeats", 1)).stdout
-    for text in ("speed", "times", "sent", "by MoE layer", "exactly", "1 ranks"):
+    for text in ("speed", "phases", "times", "sent", "by MoE layer", "exactly", "1 ranks"):
         assert text in shown
 
 

@@ -18,6 +18,9 @@ from placer.runtime.rank import RankModel
 from placer.runtime.recording import Fragment
 from placer.runtime.transport import Transport
 
+PHASES = ("prefill", "decode")  # by their number in a trace
+ALL_PARTS = (*PARTS, "context", "rest")
+
 
 @dataclass(frozen=True, eq=False)
 class Requests:
@@ -38,8 +41,8 @@ class Requests:
 def run_once(rank: RankModel, transport: Transport, requests: Requests) -> dict[str, Any]:
     """All requests, once; every rank gets the figures of the whole group, as JSON.
 
-    `seconds` by layer and part, and of the exchanges that end passes (`context`), are means over
-    ranks, waiting for others included, so that with `rest` they add up to the mean rank's time.
+    `seconds` by phase and part (`context`: the exchanges that end passes) are means over ranks,
+    waiting for others included, so that with `rest` they add up to the mean rank's time.
     """
     counters = rank.counters
     transport.barrier("the start of a repeat", counters)
@@ -101,6 +104,15 @@ def record_once(
     ]
 
 
+def _phase_of(parts: np.ndarray, context: float, wall: float) -> dict[str, float]:
+    """Seconds of a phase: of [parts], of what ends passes, and the rest of the mean rank's."""
+    return {
+        **dict(zip(PARTS, map(float, parts), strict=True)),
+        "context": context,
+        "rest": wall - float(parts.sum()) - context,
+    }
+
+
 def _put_together(everybody: list[dict[str, Any]], made: list[list[int]]) -> dict[str, Any]:
     def total(name: str) -> np.ndarray:
         return np.asarray(np.sum([one[name] for one in everybody], axis=0))
@@ -108,10 +120,13 @@ def _put_together(everybody: list[dict[str, Any]], made: list[list[int]]) -> dic
     def by_link(values: np.ndarray) -> dict[str, int]:
         return dict(zip(LINKS, (int(v) for v in values), strict=True))
 
-    seconds = total("seconds") / len(everybody)  # [L, parts]
-    context = float(total("context")) / len(everybody)
+    seconds = total("seconds") / len(everybody)  # [phase, L, parts]
+    phases = {
+        name: _phase_of(seconds[i].sum(axis=0), float(total("context")[i]) / len(everybody),
+                        float(total(name)) / len(everybody))
+        for i, name in enumerate(PHASES)
+    }  # fmt: skip
     wall = max(float(one["wall"]) for one in everybody)
-    mean_wall = float(total("wall")) / len(everybody)
     pairs = np.stack([one["pairs"] for one in everybody], axis=1)  # [L, G]
     new_tokens = sum(map(len, made))
     return {
@@ -120,12 +135,11 @@ def _put_together(everybody: list[dict[str, Any]], made: list[list[int]]) -> dic
         "decode_seconds": max(float(one["decode"]) for one in everybody),
         "new_tokens": new_tokens,
         "tokens_per_second": new_tokens / wall,
-        "seconds": {
-            **{part: float(seconds[:, i].sum()) for i, part in enumerate(PARTS)},
-            "context": context,
-            "rest": mean_wall - float(seconds.sum()) - context,
+        "seconds": {part: sum(phase[part] for phase in phases.values()) for part in ALL_PARTS},
+        "seconds_by_phase": phases,
+        "seconds_by_layer": {
+            part: seconds[:, :, i].sum(axis=0).tolist() for i, part in enumerate(PARTS)
         },
-        "seconds_by_layer": {part: seconds[:, i].tolist() for i, part in enumerate(PARTS)},
         "messages": by_link(total("messages").sum(axis=(0, 1))),
         "dispatch_messages": by_link(total("messages")[:, 0].sum(axis=0)),
         "hidden_bytes": by_link(total("hidden_bytes").sum(axis=(0, 1))),

@@ -20,8 +20,9 @@ from placer.cost.walking import Setting, count_batches, price_batches
 from placer.placement import Placement
 from placer.plan import Dispatch
 from placer.runtime.bench.job import Way
+from placer.runtime.bench.measuring import PHASES
 from placer.runtime.context_cache import ContextBytes
-from placer.runtime.counters import Link
+from placer.runtime.counters import PARTS, Link
 from placer.runtime.rows import routing_bytes
 from placer.trace import DECODE, PREFILL, Trace
 from placer.trace.model import ModelDims
@@ -54,7 +55,8 @@ def predict(
     messages = np.zeros((placement.num_layers, 2, len(_MOVING)), np.int64)
     routing = np.zeros(len(_MOVING), np.int64)
     pairs = np.zeros((placement.num_layers, placement.num_ranks), np.int64)
-    seconds = {part: np.zeros(placement.num_layers) for part in ("dispatch", "compute", "combine")}
+    layers = np.zeros((len(PHASES), placement.num_layers, len(PARTS)))
+    context = np.zeros(len(PHASES))
     missing: tuple[str, ...] = ()
     for phase in (PREFILL, DECODE):
         part = trace.select(trace.phase == phase)
@@ -77,7 +79,8 @@ def predict(
             transport = _transport(way, int(dims.hidden_size or 1), element_bytes, trace.top_k, how)
             pricing = Pricing(cluster, dims, transport, how, trace.top_k)
             missing = pricing.missing
-            _add_times(seconds, setting, pricing)
+            layers[phase] = _layer_seconds(setting, pricing)
+            context[phase] = _context_seconds(part, context_bytes, cluster)
     states = messages.sum(axis=(0, 1))
     found: dict[str, Any] = {
         "modelled": True,
@@ -89,15 +92,19 @@ def predict(
         "pairs": pairs.tolist(),
         "imbalance": float((pairs.max(axis=1) / pairs.mean(axis=1)).mean()),
         "seconds": None,
+        "seconds_by_phase": None,
         "seconds_by_layer": None,
         "missing": list(missing),
     }
     if cluster is not None and not missing:
-        found["seconds"] = {
-            **{name: float(total.sum()) for name, total in seconds.items()},
-            "context": _context_seconds(trace, context_bytes, cluster),
+        by_phase = np.concatenate([layers.sum(axis=1), context[:, None]], axis=1)
+        names = (*PARTS, "context")
+        found["seconds"] = dict(zip(names, by_phase.sum(axis=0).tolist(), strict=True))
+        found["seconds_by_phase"] = {
+            phase: dict(zip(names, by_phase[i].tolist(), strict=True))
+            for i, phase in enumerate(PHASES)
         }
-        found["seconds_by_layer"] = {name: total.tolist() for name, total in seconds.items()}
+        found["seconds_by_layer"] = dict(zip(PARTS, layers.sum(axis=0).T.tolist(), strict=True))
     return found
 
 
@@ -123,12 +130,14 @@ def _gathered(total: int, placement: Placement) -> NDArray[np.int64]:
     return np.array([within, across], np.int64)
 
 
-def _add_times(seconds: dict[str, NDArray[np.float64]], setting: Setting, pricing: Pricing) -> None:
-    """Add what these passes take by layer, [L] each."""
+def _layer_seconds(setting: Setting, pricing: Pricing) -> NDArray[np.float64]:
+    """[L, parts] of these passes."""
     setting = setting._replace(with_pairs=pricing.links.has_pairs, increments=pricing.increments)
-    for priced in price_batches(setting, recorded_passes(setting.trace), pricing):
-        for name, total in seconds.items():
-            total += getattr(priced, f"{name}_us").sum(axis=0) / 1e6
+    found = [
+        np.stack([getattr(priced, f"{part}_us").sum(axis=0) for part in PARTS], axis=1)
+        for priced in price_batches(setting, recorded_passes(setting.trace), pricing)
+    ]
+    return np.asarray(np.sum(found, axis=0)) / 1e6
 
 
 def _context_seconds(trace: Trace, context_bytes: ContextBytes, cluster: Cluster) -> float:

@@ -7,13 +7,13 @@ from statistics import median
 from typing import Any
 
 from placer import __version__
-from placer.runtime.bench.job import Arm, BenchJob
+from placer.runtime.bench.job import Arm, BenchJob, Way
+from placer.runtime.bench.measuring import ALL_PARTS, PHASES
+from placer.runtime.counters import PARTS
 
 FORMAT = "placer.bench"
 SCHEMA_VERSION = 1
-_BY_LAYER = ("dispatch", "compute", "combine")
-_MODELLED = (*_BY_LAYER, "context")
-PARTS = (*_MODELLED, "rest")
+_MODELLED = (*PARTS, "context")
 _COUNTS = ("messages", "hidden_bytes", "routing_bytes", "kv_bytes", "pairs")
 _ALSO_COUNTED = ("control_bytes", "collectives", "imbalance")
 
@@ -35,15 +35,16 @@ def put_together(
         num_new: repeats that were made by this run; the others were found.
     """
     names = [arm.name for arm in job.arms]
-    rest = _rest_by_way(job, repeats)
     arms = {}
     for arm in job.arms:
         runs = [repeat[arm.name] for repeat in repeats]
-        arms[arm.name] = _arm(arm, runs, *recorded[arm.name], rest[arm.way.name])
+        rest = _rest_of(arm.way, job, repeats)
+        arms[arm.name] = _arm(arm, runs, *recorded[arm.name], rest)
     for name in names[1:]:
         arms[name]["plan_against_it"] = _factor(
-            arms["plan"], arms[name], [r["plan"] for r in repeats], [r[name] for r in repeats]
-        )
+            arms["plan"], arms[name], [r["plan"] for r in repeats], [r[name] for r in repeats],
+            PHASES if job.max_new_tokens > 1 else PHASES[:1],
+        )  # fmt: skip
     first = repeats[0]["plan"]["tokens"]
     for name in names:
         arms[name]["same_tokens_as_plan"] = repeats[0][name]["tokens"] == first
@@ -64,39 +65,50 @@ def put_together(
     }
 
 
-def _rest_by_way(job: BenchJob, repeats: Sequence[dict[str, Measured]]) -> dict[str, float]:
-    """What is not modelled does not depend on the placement: the median over all arms of a way."""
+def _rest_of(way: Way, job: BenchJob, repeats: Sequence[dict[str, Measured]]) -> dict[str, float]:
+    """Seconds of each phase that are not modelled: the median over all placements under a way.
+
+    They do not depend on the placement.
+    """
+    names = [arm.name for arm in job.arms if arm.way == way]
     return {
-        way: median(
-            repeat[arm.name]["seconds"]["rest"]
-            for repeat in repeats
-            for arm in job.arms
-            if arm.way.name == way
+        phase: median(
+            repeat[name]["seconds_by_phase"][phase]["rest"] for repeat in repeats for name in names
         )
-        for way in {arm.way.name for arm in job.arms}
+        for phase in PHASES
     }
 
 
 def _arm(
-    arm: Arm, runs: Sequence[Measured], warm: Measured, predicted: dict[str, Any], rest: float
+    arm: Arm,
+    runs: Sequence[Measured],
+    warm: Measured,
+    predicted: dict[str, Any],
+    rest: dict[str, float],
 ) -> dict[str, Any]:
     middle = {
         key: median(run[key] for run in runs)
         for key in ("tokens_per_second", "wall_seconds", "prefill_seconds", "decode_seconds")
     }
     rates = [run["tokens_per_second"] for run in runs]
-    seconds = {part: median(run["seconds"][part] for run in runs) for part in PARTS}
+    seconds = {part: median(run["seconds"][part] for run in runs) for part in ALL_PARTS}
+    phases = {
+        phase: {part: median(run["seconds_by_phase"][phase][part] for run in runs)
+                for part in ALL_PARTS}
+        for phase in PHASES
+    }  # fmt: skip
     layers = {
         part: [
             median(layer)
             for layer in zip(*(run["seconds_by_layer"][part] for run in runs), strict=True)
         ]
-        for part in _BY_LAYER
+        for part in PARTS
     }
     measured = {
         **middle,
         "tokens_per_second_range": [min(rates), max(rates)],
         "seconds": seconds,
+        "seconds_by_phase": phases,
         "seconds_by_layer": layers,
         **{key: runs[0][key] for key in (*_COUNTS, *_ALSO_COUNTED)},
     }
@@ -120,7 +132,9 @@ def _agrees(measured: Any, predicted: Any) -> bool:
     return bool(measured == predicted)
 
 
-def _errors(measured: Measured, predicted: dict[str, Any], rest: float) -> dict[str, float] | None:
+def _errors(
+    measured: Measured, predicted: dict[str, Any], rest: dict[str, float]
+) -> dict[str, float] | None:
     """(predicted - measured) / measured of each part, of what is modelled, of all."""
     if predicted["seconds"] is None:
         return None
@@ -129,7 +143,7 @@ def _errors(measured: Measured, predicted: dict[str, Any], rest: float) -> dict[
     }
     modelled = sum(predicted["seconds"].values())
     found["modelled"] = _relative(modelled, _modelled_of(measured))
-    found["wall"] = _relative(modelled + rest, measured["wall_seconds"])
+    found["wall"] = _relative(modelled + sum(rest.values()), measured["wall_seconds"])
     return found
 
 
@@ -142,32 +156,44 @@ def _factor(
     other: dict[str, Any],
     plan_runs: Sequence[Measured],
     other_runs: Sequence[Measured],
+    phases: Sequence[str],
 ) -> dict[str, Any]:
-    """How many times the other's tokens per second the plan makes; repeats are compared in pairs.
+    """How many times as fast as the other the plan is; repeats are compared in pairs.
 
-    `predicted` adds the measured rest to the modelled time of either; `predicted_of_modelled` is
-    of the modelled time alone, `measured_of_modelled` of the same parts, measured.
+    Of all, and of each phase. `predicted` adds the measured rest to the modelled time of either;
+    `predicted_of_modelled` is of the modelled time alone, `measured_of_modelled` of the same parts,
+    measured.
     """
-    ratios = [
-        a["tokens_per_second"] / b["tokens_per_second"]
-        for a, b in zip(plan_runs, other_runs, strict=True)
-    ]
+
+    def against(clock: str, phases: Sequence[str]) -> dict[str, Any]:
+        ratios = [b[clock] / a[clock] for a, b in zip(plan_runs, other_runs, strict=True)]
+        found: dict[str, Any] = {
+            "measured": median(ratios),
+            "measured_range": [min(ratios), max(ratios)],
+            "predicted": None,
+            "error": None,
+        }
+        if plan["predicted"]["seconds"] is not None:
+            found["predicted"] = _predicted_of(other, phases) / _predicted_of(plan, phases)
+            found["error"] = _relative(found["predicted"], found["measured"])
+        return found
+
     parts = [_modelled_of(b) / _modelled_of(a) for a, b in zip(plan_runs, other_runs, strict=True)]
-    found: dict[str, Any] = {
-        "measured": median(ratios),
-        "measured_range": [min(ratios), max(ratios)],
-        "measured_of_modelled": median(parts),
-        "predicted": None,
-        "predicted_of_modelled": None,
-        "error": None,
-    }
     ours, theirs = plan["predicted"]["seconds"], other["predicted"]["seconds"]
-    if ours is not None and theirs is not None:
-        found["predicted"] = (sum(theirs.values()) + other["rest_seconds"]) / (
-            sum(ours.values()) + plan["rest_seconds"]
-        )
-        found["predicted_of_modelled"] = sum(theirs.values()) / sum(ours.values())
-        found["error"] = _relative(found["predicted"], found["measured"])
+    return {
+        **against("wall_seconds", phases),
+        "measured_of_modelled": median(parts),
+        "predicted_of_modelled": None
+        if ours is None
+        else sum(theirs.values()) / sum(ours.values()),
+        "by_phase": {phase: against(f"{phase}_seconds", [phase]) for phase in phases},
+    }
+
+
+def _predicted_of(arm: dict[str, Any], phases: Sequence[str]) -> float:
+    """Seconds: what is modelled, and the measured rest."""
+    modelled = arm["predicted"]["seconds_by_phase"]
+    found: float = sum(sum(modelled[p].values()) + arm["rest_seconds"][p] for p in phases)
     return found
 
 
