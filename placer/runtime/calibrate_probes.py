@@ -242,7 +242,7 @@ class _Laboratory:
                     self._layers.banks = [bank]
                     alltoall(self._layers, 0, tokens)
             rounds = -(-_ROUNDS // len(self._banks)) * len(self._banks)
-            seconds = float(self._counters.seconds[0].sum()) / rounds
+            seconds = float(self._counters.seconds.sum()) / rounds
             return seconds, seconds
 
         return run
@@ -262,7 +262,7 @@ class _Laboratory:
             dist.barrier()
             for _ in range(_ROUNDS):
                 alltoall(self._group, 0, tokens)
-            seconds = float(self._counters.seconds[0].sum()) / _ROUNDS
+            seconds = float(self._counters.seconds.sum()) / _ROUNDS
             return seconds, seconds
 
         return run
@@ -318,7 +318,7 @@ class _Laboratory:
                                         {peer: rows}, {peer: 1}, num_bytes, "a probe",
                                         self._counters,
                                     )  # fmt: skip
-                            seconds = self._counters.seconds[0, 0] / _ROUNDS
+                            seconds = self._counters.seconds.sum() / _ROUNDS
                             if repeat:  # the first warms up
                                 found[repeat - 1, size, rank, peer] = seconds
         gathered = [np.empty(0)] * num_ranks
