@@ -3,7 +3,7 @@
 For each expert the set of tokens that use it is a row of 64-bit words; for each rank two more rows
 say which tokens have at least one and at least two of their experts there. The exact change of the
 span under a swap is then a handful of AND-NOT and population counts: O(T / 64) a proposal,
-O(slots * T / 64) an accepted one.
+O(log K * T / 64) an accepted one, which counts the experts of every token on a rank in bit planes.
 
 Shape letters: E experts, G ranks, N nodes, S slots, T tokens, W = ceil(T / 64) words.
 """
@@ -99,6 +99,71 @@ def cover(bits: Any, slots: Any, first: int, last: int, once: Any, twice: Any) -
 
 
 @compiled
+def add_tokens(planes: Any, tokens: Any, carry: Any) -> None:
+    """Count one expert more for each of tokens [W]: planes [P, W] are the bits of the counts."""
+    for w in range(carry.size):
+        carry[w] = tokens[w]
+    for p in range(planes.shape[0]):
+        plane = planes[p]
+        for w in range(carry.size):
+            both = plane[w] & carry[w]
+            plane[w] ^= carry[w]
+            carry[w] = both
+
+
+@compiled
+def num_planes(bits: Any) -> Any:
+    """Bits of the largest number of experts that one token uses."""
+    planes = np.zeros((8, bits.shape[1]), np.uint64)
+    carry = np.zeros(bits.shape[1], np.uint64)
+    for expert in range(bits.shape[0] - 1):
+        add_tokens(planes, bits[expert], carry)
+    used = 1
+    for p in range(8):
+        if planes[p].any():
+            used = p + 1
+    return used
+
+
+@compiled
+def count_group(bits: Any, slots: Any, first: int, last: int, planes: Any, carry: Any) -> None:
+    """Fill planes [P, W] with how many experts each token has in slots first..last - 1."""
+    planes[:] = 0
+    for slot in range(first, last):
+        if slots[slot] >= 0:
+            add_tokens(planes, bits[slots[slot]], carry)
+
+
+@compiled
+def exchange(planes: Any, gone: Any, come: Any, scratch: Any, once: Any, twice: Any) -> None:
+    """An expert with tokens gone [W] leaves a group and one with tokens come [W] enters it.
+
+    Args:
+        planes: [P, W] bits of the tokens' numbers of experts in the group; changed in place.
+        scratch: [2, W].
+        once, twice: [W] filled with the tokens that have >= 1 / >= 2 experts there.
+    """
+    carry, borrow = scratch[0], scratch[1]
+    for w in range(once.size):
+        carry[w] = come[w] & ~gone[w]
+        borrow[w] = gone[w] & ~come[w]
+        once[w] = 0
+        twice[w] = 0
+    for p in range(planes.shape[0]):
+        plane = planes[p]
+        for w in range(once.size):
+            on = plane[w] & carry[w]
+            off = ~plane[w] & borrow[w]
+            plane[w] ^= carry[w] ^ borrow[w]
+            carry[w] = on
+            borrow[w] = off
+            once[w] |= plane[w]
+        if p > 0:
+            for w in range(once.size):
+                twice[w] |= plane[w]
+
+
+@compiled
 def swap_change(
     row_a: Any, row_b: Any, once_a: Any, twice_a: Any, once_b: Any, twice_b: Any, lo: int, hi: int
 ) -> Any:
@@ -106,9 +171,13 @@ def swap_change(
 
     Words lo..hi - 1 are counted. Returns the change of A's tokens and that of B's.
     """
+    # slices, whose indices are never negative: only then are the loops vectorised
+    row_a, row_b = row_a[lo:hi], row_b[lo:hi]
+    once_a, twice_a = once_a[lo:hi], twice_a[lo:hi]
+    once_b, twice_b = once_b[lo:hi], twice_b[lo:hi]
     of_a = np.int64(0)
     of_b = np.int64(0)
-    for w in range(lo, hi):
+    for w in range(row_a.size):
         only_a = row_a[w] & ~row_b[w]
         only_b = row_b[w] & ~row_a[w]
         of_a += np.int64(popcount(only_b & ~once_a[w])) - np.int64(popcount(only_a & ~twice_a[w]))
@@ -139,9 +208,15 @@ def stay_change(
     next one (whose experts' ranks are next_a, next_b). Coherent dispatch saves a message each.
     Returns the change at A and that at B.
     """
+    row_a, row_b = row_a[lo:hi], row_b[lo:hi]
+    once_a, twice_a = once_a[lo:hi], twice_a[lo:hi]
+    once_b, twice_b = once_b[lo:hi], twice_b[lo:hi]
+    home_a, home_b = home_a[lo:hi], home_b[lo:hi]
+    primary_a, primary_b = primary_a[lo:hi], primary_b[lo:hi]
+    next_a, next_b = next_a[lo:hi], next_b[lo:hi]
     of_a = np.int64(0)
     of_b = np.int64(0)
-    for w in range(lo, hi):
+    for w in range(row_a.size):
         only_a = row_a[w] & ~row_b[w]
         only_b = row_b[w] & ~row_a[w]
         of_a += np.int64(popcount(only_b & ~once_a[w] & home_a[w]))
@@ -232,11 +307,14 @@ def anneal_layer(
     num_rows = row_prices.size
     once = np.zeros((num_rows, bits.shape[1]), np.uint64)
     twice = np.zeros((num_rows, bits.shape[1]), np.uint64)
+    planes = np.zeros((num_rows, num_planes(bits), bits.shape[1]), np.uint64)
+    scratch = np.zeros((2, bits.shape[1]), np.uint64)
     base = 0
     for level in range(groups.size):
         size = num_slots // groups[level]
         for group in range(groups[level]):
             row = base + group
+            count_group(bits, slots, group * size, (group + 1) * size, planes[row], scratch[0])
             cover(bits, slots, group * size, (group + 1) * size, once[row], twice[row])
         base += groups[level]
     best_slots = slots.copy()
@@ -338,13 +416,13 @@ def anneal_layer(
         base = 0
         for level in range(groups.size):
             size = num_slots // groups[level]
-            a = slot_a // size
-            b = slot_b // size
-            if a != b:
-                for group in (a, b):
-                    row = base + group
-                    cover(bits, slots, group * size, (group + 1) * size, once[row], twice[row])
+            a = base + slot_a // size
+            b = base + slot_b // size
             base += groups[level]
+            if a != b:
+                row_a, row_b = bits[expert_a], bits[expert_b]
+                exchange(planes[a], row_a, row_b, scratch, once[a], twice[a])
+                exchange(planes[b], row_b, row_a, scratch, once[b], twice[b])
         if cost < best - 1e-12:
             best = cost
             for slot in range(num_slots):

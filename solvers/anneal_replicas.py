@@ -29,8 +29,9 @@ def priced(row: Any, segments: Any, token_prices: Any) -> Any:
     total = 0.0
     for workload in range(token_prices.size):
         count = np.int64(0)
-        for w in range(segments[workload], segments[workload + 1]):
-            count += np.int64(popcount(row[w]))
+        part = row[segments[workload] : segments[workload + 1]]
+        for w in range(part.size):  # of a slice, or it is not vectorised
+            count += np.int64(popcount(part[w]))
         total += token_prices[workload] * count
     return total
 

@@ -41,7 +41,7 @@ class Budget:
         """Seconds left; infinity without a limit."""
         if self.seconds is None:
             return float("inf")
-        return max(0.0, self.seconds - (time.monotonic() - self._start))
+        return max(0.0, self.seconds - self.elapsed())
 
     def elapsed(self) -> float:
         """Seconds since construction."""
@@ -50,16 +50,16 @@ class Budget:
     def part(self, share: float) -> Budget:
         """A budget of a share of the remaining time; stopping one stops the other."""
         seconds = None if self.seconds is None else share * self.remaining()
-        return Budget(seconds, self.effort, _stop=self._stop)
+        return type(self)(seconds, self.effort, _stop=self._stop)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """While this is entered, no time of the limit passes."""
-        start = time.monotonic()
+        start = self.elapsed()
         try:
             yield
         finally:
-            self._start += time.monotonic() - start
+            self._start += self.elapsed() - start
 
     def expired(self) -> bool:
         return self._stop.is_set() or self.remaining() <= 0.0

@@ -68,7 +68,7 @@ def _separable(layers: Layers, seed: int, budget: Budget) -> list[list[Slots]]:
     problem = layers.problem
     limits = Caps(moves=problem.max_moves, slots=problem.slot_budget)
     search = local_search.Search(layers, seed, budget)
-    search.begin(0.0, capped=True)
+    search.begin(0.0, True, local_search.ROUNDS * NUM_POINTS)
 
     def caps() -> list[Caps]:
         least = search.imbalance(replace(limits, imbalance=1.0))

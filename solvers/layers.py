@@ -72,6 +72,7 @@ class Layers:
             and each workload begins with a new word.
         segments: [workloads + 1] first word of each workload, and the number of words.
         num_tokens: [workloads] tokens; all 0 when only load counts.
+        most_proposals: of a long anneal, where there is no time for more.
         stop: [1] not 0 once the kernels shall end.
     """
 
@@ -80,6 +81,7 @@ class Layers:
     primary_bits: list[Words]
     segments: NDArray[np.int64]
     num_tokens: NDArray[np.int64]
+    most_proposals: int | None = None
     stop: NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))
 
     @property
@@ -156,7 +158,8 @@ class Layers:
     @property
     def proposals(self) -> int:
         """Of a long anneal of one layer."""
-        return EFFORT * 600 * max(32, self.problem.num_experts)
+        usual = EFFORT * 600 * max(32, self.problem.num_experts)
+        return usual if self.most_proposals is None else min(usual, self.most_proposals)
 
     def uniform_prices(self, imbalance: float, move: float = 0.0) -> Prices:
         """Every workload alike."""

@@ -29,6 +29,7 @@ import numpy as np
 
 from solvers.budget import Budget
 from solvers.layers import Candidate, Layers, Prices, Slots, anneal, prepare
+from solvers.pacing import paced
 from solvers.parallel import available_cores, stopping
 from solvers.problem import Problem
 from solvers.registry import get, register
@@ -40,6 +41,7 @@ LADDER = (0.0, 0.1, 0.2, 0.4, 0.7, 1.2, 2.0, 4.0, 10.0, 40.0)
 # Prices of a move, in shares of the tokens of a mean expert.
 MOVE_LADDER = (0.03, 0.1, 0.3, 1.0, 3.0)
 BALANCE_PRICE = ELASTIC_PRICE
+LADDER_SHARE = 4  # times fewer proposals than a long anneal has
 ROUNDS = 3
 LENDERS = ("eplb_global", "tensorrt_llm_cooccurrence")
 AROUND = (1 / 1.6, 1.0, 1.6)
@@ -69,21 +71,31 @@ class Search:
             return range(most, most + 1)
         return range(self.layers.fewest(layer), most + 1)
 
-    def begin(self, floor: float, capped: bool) -> None:
-        """The starting placement of each layer, and a ladder of prices."""
+    def begin(self, floor: float, capped: bool, improvements: int) -> None:
+        """The starting placement of each layer, and a ladder of prices.
+
+        Args:
+            floor, capped: of imbalance: its least price, and whether a higher one may be wanted.
+            improvements: long anneals of each layer that will follow, if the time allows.
+        """
         problem = self.problem
-        self.pools = [
-            [self.layers.candidate(i, self.layers.start(i, w), w) for w in self.widths(i)]
-            for i in range(problem.num_layers)
-        ]
-        self.borrow()
         uncapped = not capped and problem.num_workloads == 1
         ladder = [floor] if uncapped else [floor, *(mu for mu in LADDER if mu > floor)]
         moves = [0.0]
         if problem.max_moves is not None:
             moves = [share * self.layers.token_share for share in MOVE_LADDER]
         wanted = [self.layers.uniform_prices(mu, move) for mu in ladder for move in moves]
-        self.extend(wanted, self.layers.proposals // 4)
+        steps = len(wanted) / LADDER_SHARE + improvements
+        self.layers = paced(
+            self.layers, self.seed, self.budget, len(self.widths(0)) * steps,
+            len(self.widths(0)) * (len(wanted) + improvements),
+        )  # fmt: skip
+        self.pools = [
+            [self.layers.candidate(i, self.layers.start(i, w), w) for w in self.widths(i)]
+            for i in range(problem.num_layers)
+        ]
+        self.borrow()
+        self.extend(wanted, self.layers.proposals // LADDER_SHARE)
 
     def borrow(self) -> None:
         """What published methods make of the replicas, to go on from."""
@@ -162,7 +174,8 @@ class Search:
 def search_layers(layers: Layers, seed: int, budget: Budget, caps: Caps) -> list[Slots]:
     """The layers' best placements under the caps, see the module's docstring (alltoall)."""
     search = Search(layers, seed, budget)
-    search.begin(caps.floor, capped=caps != Caps(floor=caps.floor))
+    capped = caps != Caps(floor=caps.floor)
+    search.begin(caps.floor, capped, ROUNDS * (len(AROUND) if capped else 1))
     for number in range(ROUNDS):
         search.improve([caps], warm=number > 0)
     best = search.placement(caps)

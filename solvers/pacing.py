@@ -1,0 +1,57 @@
+"""How long anneals may be so that a search ends within its time.
+
+Without a limit anneals are as long as pays. Where the time will not do for that, shorter anneals of
+all layers at all prices beat long ones of some: the schedule stays, and its anneals shrink.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from solvers.budget import Budget
+from solvers.layers import Layers, Slots, anneal
+from solvers.parallel import available_cores
+
+SHARE = 0.75  # of the remaining time that anneals are planned to take
+PILOT = 1024  # proposals
+PILOT_PRICE = 2.0  # of imbalance
+LEAST = 4  # proposals per expert
+
+
+def paced(layers: Layers, seed: int, budget: Budget, anneals: float, candidates: int) -> Layers:
+    """The layers with as many proposals per long anneal as the budget has time for.
+
+    A short anneal on every core tells how fast they are.
+
+    Args:
+        layers: of the problem.
+        seed: of the pilot.
+        budget: of the search.
+        anneals: long anneals of each layer that the search will do; shorter ones count in part.
+        candidates: placements of each layer that it will judge.
+    """
+    if budget.seconds is None:
+        return layers
+    width = layers.problem.slots_per_rank
+    prices = layers.uniform_prices(PILOT_PRICE)
+    num_layers, cores = layers.problem.num_layers, available_cores()
+
+    def annealed(number: int) -> Slots:
+        layer = number % num_layers
+        return anneal(
+            layers, layer, layers.start(layer, width), width, prices, proposals=PILOT,
+            seed=(seed, layer),
+        )  # fmt: skip
+
+    with ThreadPoolExecutor(cores) as executor:
+        start = budget.elapsed()
+        found = list(executor.map(annealed, range(cores)))
+        middle = budget.elapsed()
+        list(executor.map(lambda slots: layers.candidate(0, slots, width), found))
+        end = budget.elapsed()
+    proposal, candidate = (middle - start) / cores / PILOT, (end - middle) / cores
+    spare = SHARE * budget.remaining() - candidates * num_layers * candidate
+    affordable = spare / (anneals * num_layers * max(proposal, 1e-9))
+    least = LEAST * layers.problem.num_experts
+    return replace(layers, most_proposals=max(least, int(affordable)))
