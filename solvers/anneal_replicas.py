@@ -49,6 +49,16 @@ def cover_single(bits: Any, slots: Any, copies: Any, first: int, last: int, once
 
 
 @compiled
+def cover_ranks(once: Any, first: int, last: int, node: Any) -> None:
+    """Fill node [W]: tokens in any of the rows first..last - 1 of once [G or more, W]."""
+    for w in range(node.size):
+        node[w] = 0
+    for rank in range(first, last):
+        for w in range(node.size):
+            node[w] |= once[rank, w]
+
+
+@compiled
 def measure_expert(
     bits: Any, segments: Any, token_prices: Any, expert: int, where: Any, copies: Any, once: Any,
     base: int, shrink: int, exclusive: Any, scratch: Any,
@@ -193,7 +203,7 @@ def anneal_layer_replicas(
     old_uncovered = np.zeros((levels, num_experts), np.float64)
     rank_load = np.zeros(num_ranks, np.float64)
     touched = np.zeros(num_ranks, np.bool_)
-    stale = np.zeros(num_experts, np.bool_)
+    stale = np.zeros((levels, num_experts), np.bool_)
     best_slots = slots.copy()
     state = seeded(seed)
     cost = 0.0
@@ -210,8 +220,7 @@ def anneal_layer_replicas(
         old_b = np.int64(-1)
         for rank in range(num_ranks):
             touched[rank] = first_time
-        for expert in range(num_experts):
-            stale[expert] = False
+        stale[:] = False
         if not first_time:
             temperature *= cooling
             slot_a = free[below(state, free.size)]
@@ -229,12 +238,12 @@ def anneal_layer_replicas(
                     remove_copy(where, copies, old_a, rank_a)
                     if copies[old_a] == 1:
                         touched[where[old_a, 0]] = True
-                    stale[old_a] = True
+                    stale[:, old_a] = True
                 if copies[expert] == 1:
                     touched[where[expert, 0]] = True
                 where[expert, copies[expert]] = rank_a
                 copies[expert] += 1
-                stale[expert] = True
+                stale[:, expert] = True
                 slots[slot_a] = expert
             else:
                 slot_b = free[below(state, free.size)]
@@ -253,23 +262,17 @@ def anneal_layer_replicas(
                     continue
                 if old_a >= 0:
                     move_copy(where, copies, old_a, rank_a, rank_b)
-                    stale[old_a] = True
+                    stale[:, old_a] = True
                     touched[rank_a] = touched[rank_a] or copies[old_a] == 1
                     touched[rank_b] = touched[rank_b] or copies[old_a] == 1
                 if old_b >= 0:
                     move_copy(where, copies, old_b, rank_b, rank_a)
-                    stale[old_b] = True
+                    stale[:, old_b] = True
                     touched[rank_a] = touched[rank_a] or copies[old_b] == 1
                     touched[rank_b] = touched[rank_b] or copies[old_b] == 1
                 slots[slot_a] = old_b
                 slots[slot_b] = old_a
         # recompute what the move touched, keeping the old values
-        for rank in range(num_ranks):
-            if not touched[rank]:
-                continue
-            for slot in range(rank * width, (rank + 1) * width):
-                if slots[slot] >= 0:
-                    stale[slots[slot]] = True
         base = 0
         for level in range(levels):
             shrink = num_ranks // groups[level]
@@ -284,12 +287,14 @@ def anneal_layer_replicas(
                 old_cost[row] = row_cost[row]
                 for w in range(words):
                     old_once[row, w] = once[row, w]
-                cover_single(bits, slots, copies, group * size, (group + 1) * size, once[row])
+                if level == 0:
+                    cover_single(bits, slots, copies, group * size, (group + 1) * size, once[row])
+                else:  # the rows of its ranks are new by now
+                    cover_ranks(once, group * shrink, (group + 1) * shrink, once[row])
                 row_cost[row] = row_prices[row] * priced(once[row], segments, token_prices)
-                if level > 0:  # an expert is stale when its node changed
-                    for slot in range(group * size, (group + 1) * size):
-                        if slots[slot] >= 0:
-                            stale[slots[slot]] = True
+                for slot in range(group * size, (group + 1) * size):
+                    if slots[slot] >= 0:
+                        stale[level, slots[slot]] = True
             base += groups[level]
         base = 0
         new_cost = 0.0
@@ -298,7 +303,7 @@ def anneal_layer_replicas(
             for group in range(groups[level]):
                 new_cost += row_cost[base + group]
             for expert in range(num_experts):
-                if stale[expert]:
+                if stale[level, expert]:
                     old_uncovered[level, expert] = uncovered[level, expert]
                     if copies[expert] > 1:
                         uncovered[level, expert] = measure_expert(
@@ -366,12 +371,12 @@ def anneal_layer_replicas(
                     for w in range(words):
                         once[row, w] = old_once[row, w]
             for expert in range(num_experts):
-                if stale[expert]:
+                if stale[level, expert]:
                     uncovered[level, expert] = old_uncovered[level, expert]
             base += groups[level]
         for expert in range(num_experts):
             # the order of copies may have changed: measure again
-            if stale[expert] and copies[expert] > 1:
+            if stale[0, expert] and copies[expert] > 1:
                 measure_expert(
                     bits, segments, token_prices, expert, where, copies, once, 0, 1, exclusive,
                     scratch,
