@@ -63,8 +63,10 @@ test-netlab: $(READY)  ## several nodes on this machine; as root, with iproute2
 
 check: lint types test  ## what .ci/run runs
 
-# synthetic.py makes traces for the others; vllm_capture_overhead.py needs .venv-vllm.
-BENCHMARKS := $(filter-out benchmarks/synthetic.py benchmarks/vllm_capture_overhead.py,$(wildcard benchmarks/*.py))
+# synthetic.py makes traces for the others; scale.py takes an hour; vllm_capture_overhead.py needs
+# .venv-vllm.
+NOT_ALONE := benchmarks/scale.py benchmarks/synthetic.py benchmarks/vllm_capture_overhead.py
+BENCHMARKS := $(filter-out $(NOT_ALONE),$(wildcard benchmarks/*.py))
 
 bench: $(READY)  ## every benchmark, ratios against a peer or a bound
 	for file in $(BENCHMARKS); do $(BIN)/python $$file || exit 1; done

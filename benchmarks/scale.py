@@ -1,79 +1,185 @@
-"""How long a plan takes for models of hundreds of experts, and what more time would bring.
+"""What hundreds of experts cost, and what more time would bring; results in docs/scale.md.
 
-    python benchmarks/scale.py                       # 58 x 256 top-8 on 32 ranks
-    python benchmarks/scale.py --layers 94 --experts 128 --gpus 16 --slots-per-rank 8
+    python benchmarks/scale.py --results scale-results --write docs/scale.md
+    python benchmarks/scale.py --results scale-results --only 58x256/144
 
-A synthetic trace (benchmarks/synthetic.py) is solved as `placer solve` does, and again with RATIO
-times the proposals: the printed excess is that of the first over the second. Times are processor
-seconds and, where the machine is shared, say more than the wall clock's.
+A synthetic trace (benchmarks/synthetic.py) of each instance is solved as `placer solve` does it,
+with the cap on imbalance of 1.10, within each of TARGETS seconds on 2 cores, and for much longer;
+printed is by how much the short runs exceed the long one. Machines that run this may be shared, so
+the clock of all limits is processor time over two cores. Every run is a process of its own, so that
+its peak memory is its own, and what is done already under --results is not done again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import resource
+import subprocess
+import sys
 import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from synthetic import synthetic_trace
 
 import solvers
+from placer.files import write_json
 from placer.planning import Settings, build_problem
-from placer.trace import MemorySource
-from solvers import layers as solver_layers
+from placer.trace import MemorySource, read_npz, write_npz
 
-RATIO = 4
+CORES = 2
+TARGETS = (10.0, 30.0)
+LONG = 120.0
+TOKENS = 65536
+CAP = 1.10
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A model and how it is served."""
+
+    layers: int
+    experts: int
+    ranks: int
+    nodes: int
+    slots: int
+    model: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.layers}x{self.experts}/{self.ranks}x{self.slots}"
+
+
+INSTANCES = (
+    Instance(58, 256, 32, 4, 8, "DeepSeek-V3"),
+    Instance(58, 256, 64, 8, 4, "DeepSeek-V3"),
+    Instance(58, 256, 32, 4, 9, "DeepSeek-V3, 288 slots"),
+    Instance(58, 256, 144, 18, 2, "DeepSeek-V3, 288 slots"),
+    Instance(94, 128, 16, 2, 8, "Qwen3-235B"),
+    Instance(60, 384, 64, 8, 6, "Kimi-K2"),
+)
+
+
+@dataclass
+class ProcessorBudget(solvers.Budget):
+    """A budget whose clock is processor time over the number of cores."""
+
+    _start: float = field(default_factory=lambda: time.process_time() / CORES)
+
+    def elapsed(self) -> float:
+        return time.process_time() / CORES - self._start
+
+
+def run_one(instance: Instance, seconds: float, trace: Path) -> dict[str, Any]:
+    """Pose and solve an instance in this process."""
+    start = time.process_time()
+    source = MemorySource(read_npz(trace))
+    settings = Settings(
+        num_ranks=instance.ranks,
+        num_nodes=instance.nodes,
+        slots_per_rank=instance.slots,
+        max_imbalance=CAP,
+    )
+    problem = build_problem(source, settings, lambda _: None)
+    del source
+    posing = time.process_time() - start
+    budget = ProcessorBudget(seconds)
+    result = solvers.solve(problem, "local_search", budget=budget)
+    return {
+        "instance": instance.name,
+        "limit_s": seconds,
+        "traffic": result.objective,
+        "messages": result.parts["messages_alltoall"],
+        "imbalance": solvers.capped_imbalance(result.parts),
+        "gap": result.gap,
+        "spent_s": budget.elapsed(),
+        "termination": result.termination,
+        "posing_s": posing / CORES,
+        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
+
+
+def trace_of(instance: Instance, folder: Path) -> Path:
+    """The synthetic trace of an instance's model, made once."""
+    path = folder / f"trace-{instance.layers}x{instance.experts}.npz"
+    if not path.exists():
+        made = synthetic_trace(
+            num_layers=instance.layers,
+            num_experts=instance.experts,
+            top_k=8,
+            num_tokens=TOKENS,
+        )
+        write_npz(made, path)
+    return path
+
+
+def runs(folder: Path) -> list[dict[str, Any]]:
+    """What was done already."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("run-*.json"))]
+
+
+def table(done: list[dict[str, Any]]) -> str:
+    """As markdown: a row per instance that was solved for long and for each target."""
+    lines = [
+        "| model | layers x experts | ranks x slots | long run | imbalance |"
+        + "".join(f" {target:.0f} s |" for target in TARGETS)
+        + " gap proven | peak memory |",
+        "| --- | --- | --- | ---: | ---: |" + " ---: |" * (len(TARGETS) + 2),
+    ]
+    for instance in INSTANCES:
+        own = {run["limit_s"]: run for run in done if run["instance"] == instance.name}
+        if LONG not in own or not all(target in own for target in TARGETS):
+            continue
+        best = own[LONG]
+        kept = [f"{100 * (own[t]['traffic'] / best['traffic'] - 1):+.2f} %" for t in TARGETS]
+        for number, target in enumerate(TARGETS):
+            if own[target]["imbalance"] > CAP + 1e-9:
+                kept[number] += f" ({own[target]['imbalance']:.3f})"
+        lines.append(
+            f"| {instance.model} | {instance.layers} x {instance.experts} "
+            f"| {instance.ranks} x {instance.slots} | {best['traffic']:.3f} "
+            f"| {best['imbalance']:.3f} | {' | '.join(kept)} | {100 * best['gap']:.0f} % "
+            f"| {max(run['peak_gb'] for run in own.values()):.2f} GB |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    """Solve twice and compare."""
+    """Do what was not done yet, print the table, write it into the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--layers", type=int, default=58)
-    parser.add_argument("--experts", type=int, default=256)
-    parser.add_argument("--top-k", type=int, default=8)
-    parser.add_argument("--gpus", type=int, default=32)
-    parser.add_argument("--nodes", type=int, default=4)
-    parser.add_argument("--slots-per-rank", type=int)
-    parser.add_argument("--tokens", type=int, default=32768)
-    parser.add_argument("--max-imbalance", type=float, default=1.10)
-    parser.add_argument("--time-limit", type=float)
-    parser.add_argument("--once", action="store_true", help="do not solve again for longer")
+    parser.add_argument("--results", type=Path, default=Path("scale-results"))
+    parser.add_argument("--only", default="", help="instances whose name begins so")
+    parser.add_argument("--write", type=Path, help="the page whose table to replace")
+    parser.add_argument("--one", nargs=2, metavar=("NAME", "SECONDS"), help="solve one, print JSON")
     arguments = parser.parse_args()
-    trace = synthetic_trace(
-        num_layers=arguments.layers,
-        num_experts=arguments.experts,
-        top_k=arguments.top_k,
-        num_tokens=arguments.tokens,
-    )
-    settings = Settings(
-        num_ranks=arguments.gpus,
-        num_nodes=arguments.nodes,
-        slots_per_rank=arguments.slots_per_rank,
-        max_imbalance=arguments.max_imbalance,
-    )
-    start = time.process_time()
-    problem = build_problem(MemorySource(trace), settings, lambda _: None)
-    counting = time.process_time() - start
-    del trace
-    found = []
-    for ratio in (1,) if arguments.once else (1, RATIO):
-        solver_layers.EFFORT = ratio
-        start, wall = time.process_time(), time.perf_counter()
-        solution = solvers.get("local_search").function(
-            problem, 0, solvers.Budget(arguments.time_limit)
-        )
-        spent, waited = time.process_time() - start, time.perf_counter() - wall
-        parts = solvers.check.check(problem, solution.placement)
-        value = solvers.check.objective(problem, parts)
-        found.append(value)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(
-            f"{ratio} x effort: traffic {value:.4f}, imbalance "
-            f"{solvers.capped_imbalance(parts):.3f}, {spent:.0f} s of processor ({waited:.0f} s), "
-            f"counting {counting:.0f} s, peak {peak:.2f} GB",
-            flush=True,
-        )
-    if len(found) > 1:
-        print(f"{100 * (found[0] / found[1] - 1):+.2f} % against {RATIO} x effort")
+    folder: Path = arguments.results
+    folder.mkdir(parents=True, exist_ok=True)
+    if arguments.one:
+        name, seconds = arguments.one
+        instance = next(instance for instance in INSTANCES if instance.name == name)
+        print(json.dumps(run_one(instance, float(seconds), trace_of(instance, folder))))
+        return
+    for instance in (i for i in INSTANCES if i.name.startswith(arguments.only)):
+        trace_of(instance, folder)
+        for seconds in (*TARGETS, LONG):
+            path = folder / f"run-{instance.name.replace('/', '-')}-{seconds:.0f}.json"
+            if path.exists():
+                continue
+            command = [sys.executable, __file__, "--results", str(folder), "--one"]
+            done = subprocess.run(
+                [*command, instance.name, str(seconds)], stdout=subprocess.PIPE, check=True
+            )
+            document = json.loads(done.stdout)
+            write_json(path, document)
+            print(document, flush=True)
+    text = table(runs(folder))
+    print(text)
+    if arguments.write:
+        before, _, rest = arguments.write.read_text().partition("<!-- scale -->\n")
+        after = rest.partition("<!-- /scale -->\n")[2]
+        arguments.write.write_text(f"{before}<!-- scale -->\n{text}<!-- /scale -->\n{after}")
 
 
 if __name__ == "__main__":

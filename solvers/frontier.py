@@ -17,6 +17,7 @@ import numpy as np
 from solvers import bounds, coherent, local_search
 from solvers.budget import Budget
 from solvers.layers import Layers, Slots, prepare
+from solvers.pacing import paced
 from solvers.parallel import available_cores, stopping
 from solvers.problem import Problem
 from solvers.registry import get
@@ -83,6 +84,9 @@ def _separable(layers: Layers, seed: int, budget: Budget) -> list[list[Slots]]:
 
 def _coherent(layers: Layers, seed: int, budget: Budget) -> list[list[Slots]]:
     problem = layers.problem
+    tries = 1 if problem.max_moves is None else MOVE_TRIES
+    anneals = 2 * len(COHERENT_PRICES) * tries
+    layers = paced(layers, seed, budget, anneals, anneals)
     with ThreadPoolExecutor(available_cores()) as executor:
         limits = Caps(moves=problem.max_moves, slots=problem.slot_budget)
         search = coherent.Search(layers, seed, budget, limits, executor)
@@ -95,7 +99,7 @@ def _coherent(layers: Layers, seed: int, budget: Budget) -> list[list[Slots]]:
                     continue
                 heat = coherent.FIRST_HEAT / (4 if start is chained else 1)
                 move = coherent.Bisection(dear)
-                for _ in range(1 if limits.moves is None else MOVE_TRIES):
+                for _ in range(tries):
                     if budget.expired():
                         break
                     dear = 0.0 if limits.moves is None else move.price

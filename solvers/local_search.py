@@ -215,11 +215,13 @@ def local_search(problem: Problem, seed: int, budget: Budget) -> Solution:
     Redundant slots are filled with replicas under alltoall dispatch; under coherent dispatch they
     only let ranks hold unequal numbers of experts.
     """
-    from solvers.coherent import search_coherent
+    from solvers import coherent
 
     layers = prepare(problem)
     caps = caps_of(problem, layers)
     with stopping(layers.stop, budget):
-        search = search_coherent if layers.coupled else search_layers
+        if layers.coupled:
+            layers = paced(layers, seed, budget, coherent.ROUNDS, coherent.ROUNDS)
+        search = coherent.search_coherent if layers.coupled else search_layers
         placement = np.stack(search(layers, seed, budget, caps))
     return Solution(placement, termination=budget.termination())
