@@ -38,8 +38,8 @@ def applied_lines(document: Mapping[str, Any]) -> list[RenderableType]:
             f"{rank['load_seconds']:.1f} s",
         )
     caption = (
-        "measured while loading; share: weights that the plan gives the rank; peak RSS: the most "
-        "resident memory above what the process had before"
+        "measured while loading; share: weights that the plan gives the rank; tensors: what it "
+        "holds, to the byte; peak RSS: the most resident memory above what the process had before"
     )
     lines += titled("memory", table, caption)
     if document["requests"]:

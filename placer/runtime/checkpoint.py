@@ -1,4 +1,10 @@
-"""Reading a safetensors checkpoint tensor by tensor, or a slice of one, and nothing else of it."""
+"""Reading a safetensors checkpoint tensor by tensor, or some rows of one, and nothing else of it.
+
+The format (safetensors' documentation, "Format"): 8 bytes with the length of a JSON header, the
+header, which says of every tensor its type, shape and place, and then the tensors' bytes. Headers
+are read once. Bytes go from the file straight into a tensor: nothing is mapped, so that no page of
+the file counts as memory of the process, and nothing is held twice.
+"""
 
 from __future__ import annotations
 
@@ -8,45 +14,86 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from placer.errors import BadFileError
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_MOST_HEADER_BYTES = 10**8  # as the format has it
+_MOST_BYTES = 2**16  # of rows that are read at a time where they are converted
+_TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor is.
+
+    Attributes:
+        path: the file that holds it.
+        begin: its first byte in the file.
+        dtype, shape: what it is.
+    """
+
+    path: Path
+    begin: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        """Of an entry along the first axis; of all where there is no axis."""
+        return _numel(self.shape[1:]) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """The tensors of a model's folder.
 
-    A file is mapped only while one tensor is read, so that what was read does not count as memory
-    of the process any longer.
-
     Attributes:
         folder: where the checkpoint is.
-        file_of: name of a tensor -> the file that holds it.
+        tensors: by name.
     """
 
     folder: Path
-    file_of: Mapping[str, Path]
+    tensors: Mapping[str, Stored]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, from the file's header."""
-        with _opened(self.file_of[name]) as file:
-            return tuple(_slice_of(file, name, self.file_of[name]).get_shape())
+        """Shape of a tensor."""
+        return self.tensors[name].shape
 
-    def read(self, name: str, row: int | None = None) -> Tensor:
-        """A tensor; or, with `row`, its slice [row : row + 1] along the first axis."""
-        path = self.file_of[name]
-        with _opened(path) as file:
-            found = _slice_of(file, name, path)
-            tensor: Tensor = found[:] if row is None else found[row : row + 1]
-            return tensor
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """A tensor; or the rows `first:last` of it, entries along the first axis."""
+        stored = self.tensors[name]
+        shape = stored.shape
+        if rows is not None:
+            shape = (rows.stop - rows.start, *shape[1:])
+        held = torch.empty(shape, dtype=stored.dtype)
+        _fill(held, stored, 0 if rows is None else rows.start * stored.row_bytes)
+        return held
+
+    def read_into(self, name: str, held: Tensor) -> None:
+        """Fill a contiguous tensor of the same shape, whatever its type and device."""
+        stored = self.tensors[name]
+        if held.dtype == stored.dtype and held.device.type == "cpu":
+            _fill(held, stored, 0)
+        elif not stored.shape:
+            held.copy_(self.read(name))
+        else:
+            step = max(1, _MOST_BYTES // max(1, stored.row_bytes))
+            for first in range(0, len(held), step):
+                rows = slice(first, min(first + step, len(held)))
+                held[rows] = self.read(name, rows)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Find out which file holds which tensor.
+    """Find out where every tensor is.
 
     Raises:
         BadFileError: there is no safetensors checkpoint, or a shard is missing or damaged.
@@ -55,17 +102,17 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise BadFileError(f"{folder} is not a folder", "give the folder of a checkpoint")
     index = folder / _INDEX
     if index.is_file():
-        names = _read_index(index)
-        files = {name: folder / shard for name, shard in names.items()}
-        for path in sorted(set(files.values())):
-            held = _tensor_names(path)
-            wanted = next((n for n, f in files.items() if f == path and n not in held), None)
-            if wanted is not None:
-                raise BadFileError(f"{path} does not hold {wanted}, which {_INDEX} says it does")
-        return Checkpoint(folder, files)
+        shard_of = _read_index(index)
+        held = {shard: _read_header(folder / shard) for shard in sorted(set(shard_of.values()))}
+        for name, shard in shard_of.items():
+            if name not in held[shard]:
+                raise BadFileError(
+                    f"{folder / shard} does not hold {name}, which {_INDEX} says it does"
+                )
+        return Checkpoint(folder, {name: held[shard][name] for name, shard in shard_of.items()})
     single = folder / _SINGLE
     if single.is_file():
-        return Checkpoint(folder, dict.fromkeys(_tensor_names(single), single))
+        return Checkpoint(folder, _read_header(single))
     raise BadFileError(
         f"{folder} holds no safetensors checkpoint ({_SINGLE} or {_INDEX})",
         "other formats are not read: save the model with save_pretrained",
@@ -82,30 +129,62 @@ def _read_index(path: Path) -> dict[str, str]:
     return {str(name): str(shard) for name, shard in names.items()}
 
 
-def _tensor_names(path: Path) -> set[str]:
-    with _opened(path) as file:
-        return set(file.keys())
-
-
-def _opened(path: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
+def _read_header(path: Path) -> dict[str, Stored]:
+    """The tensors of a file, by name."""
     try:
-        return safe_open(str(path), framework="pt")
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            num_bytes = path.stat().st_size
+            if not 2 <= size <= min(_MOST_HEADER_BYTES, num_bytes - 8):
+                raise _damaged(path, f"its header is said to have {size:,} bytes")
+            entries = json.loads(file.read(size))
+        entries.pop("__metadata__", None)
+        return {name: _stored(path, 8 + size, num_bytes, name, e) for name, e in entries.items()}
     except FileNotFoundError:
         raise BadFileError(
             f"{path} does not exist", "a shard of the checkpoint is missing: fetch it again"
         ) from None
-    except (SafetensorError, OSError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, f"its header is none of safetensors ({error!r})") from None
+
+
+def _stored(path: Path, data: int, num_bytes: int, name: str, entry: Any) -> Stored:
+    """A tensor by its entry in the header, whose offsets count from byte `data` of the file."""
+    begin, end = entry["data_offsets"]
+    if entry["dtype"] not in _TYPES:
         raise BadFileError(
-            f"{path} cannot be read: {error}", "was the file cut off? fetch it again"
-        ) from None
+            f"{path}: {name} is of type {entry['dtype']}, which is not read",
+            f"known: {', '.join(_TYPES)}",
+        )
+    stored = Stored(path, data + begin, _TYPES[entry["dtype"]], tuple(map(int, entry["shape"])))
+    if not 0 <= begin <= end == begin + _numel(stored.shape) * stored.dtype.itemsize:
+        raise _damaged(path, f"{name} has {end - begin:,} bytes, not what its shape takes")
+    if data + end > num_bytes:
+        raise _damaged(path, f"{name} ends at byte {data + end:,} of {num_bytes:,}")
+    return stored
 
 
-def _slice_of(file: Any, name: str, path: Path) -> Any:
-    from safetensors import SafetensorError
-
+def _fill(held: Tensor, stored: Stored, skip: int) -> None:
+    """Read a contiguous tensor from a file, `skip` bytes after where the stored one begins."""
+    left = held.view(-1).view(torch.uint8).numpy().data
     try:
-        return file.get_slice(name)
-    except SafetensorError as error:
-        raise BadFileError(f"{path}: {name} cannot be read: {error}") from None
+        with stored.path.open("rb", buffering=0) as file:
+            file.seek(stored.begin + skip)
+            while left:
+                count = file.readinto(left)
+                if not count:
+                    raise _damaged(stored.path, f"{len(left):,} bytes are missing")
+                left = left[count:]
+    except OSError as error:
+        raise _damaged(stored.path, str(error.strerror)) from None
+
+
+def _damaged(path: Path, how: str) -> BadFileError:
+    return BadFileError(f"{path} cannot be read: {how}", "was the file cut off? fetch it again")
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product

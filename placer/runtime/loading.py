@@ -52,13 +52,14 @@ def load_share(
     Returns:
         The model, in evaluation mode, and what memory it took.
     """
-    peak = PeakMemory()
     model = copy.deepcopy(layout.model)
+    _warm_up(layout, mapping, placement, device)
+    peak = PeakMemory()
     for number, layer in enumerate(layout.layers):
         experts = [expert for _, expert in local_slots(placement, number, rank)]
         _load_experts(model.get_submodule(layer.experts), layer.experts, experts, layout, mapping,
                       device)  # fmt: skip
-    apart = tuple(f"{layer.experts}." for layer in layout.layers)
+    apart = _paths_of_experts(layout)
     if others is None:
         _load_others(model, apart, mapping, device)
     else:
@@ -68,11 +69,40 @@ def load_share(
     if left:
         raise BadFileError(f"{mapping.checkpoint.folder} lacks {left[0]}")
     _make_buffers(model, device)
+    peak_bytes = peak.above_start()
     tensors = [*model.parameters(), *model.buffers()]
-    memory = LoadMemory(
-        share_bytes(layout, placement, rank), tensor_bytes(tensors), peak.above_start()
+    share = share_bytes(layout, placement, rank)
+    return model, LoadMemory(share, tensor_bytes(tensors), peak_bytes)
+
+
+def _warm_up(
+    layout: ModelLayout, mapping: Mapping, placement: Placement, device: torch.device
+) -> None:
+    """Do once, with one expert and the smallest tensors of the rest, what loading does.
+
+    So that the pages of the code that loads are not taken for the model's.
+    """
+    skeleton = copy.deepcopy(layout.model)
+    layer = layout.layers[0]
+    local_slots(placement, 0, 0)
+    _load_experts(
+        skeleton.get_submodule(layer.experts), layer.experts, [0], layout, mapping, device
     )
-    return model, memory
+    others = [
+        (meta.numel(), name, meta.dim())
+        for name, meta in skeleton.state_dict().items()
+        if not name.startswith(_paths_of_experts(layout)) and mapping.has(name)
+    ]
+    smallest = {dim: name for _, name, dim in sorted(others, reverse=True)}  # by number of axes
+    for name in smallest.values():
+        _load_other(skeleton, name, mapping, device)
+    skeleton.tie_weights()
+    _make_buffers(skeleton, device)
+
+
+def _paths_of_experts(layout: ModelLayout) -> tuple[str, ...]:
+    """What the names of all experts' parameters begin with."""
+    return tuple(f"{layer.experts}." for layer in layout.layers)
 
 
 def _load_experts(
@@ -96,22 +126,28 @@ def _load_others(
     model: Any, apart: tuple[str, ...], mapping: Mapping, device: torch.device
 ) -> None:
     tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
-    strict = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    for name, meta in model.state_dict().items():
+    for name in list(model.state_dict()):
         if name.startswith(apart):
             continue
         if name in tied and not mapping.has(name):
-            continue  # tied below
-        is_strict = bool(strict & set(name.split(".")))
-        dtype = torch.float32 if is_strict and meta.dtype.is_floating_point else meta.dtype
-        held = torch.empty(meta.shape, dtype=dtype, device=device)
-        held.copy_(mapping.read(name, tuple(meta.shape)))
-        path, _, key = name.rpartition(".")
-        module = model.get_submodule(path)
-        if key in module._buffers:
-            module._buffers[key] = _initialised(held)
-        else:
-            setattr(module, key, _frozen(held))
+            continue  # tied later
+        _load_other(model, name, mapping, device)
+
+
+def _load_other(model: Any, name: str, mapping: Mapping, device: torch.device) -> None:
+    path, _, key = name.rpartition(".")
+    module = model.get_submodule(path)
+    is_buffer = key in module._buffers
+    meta = module._buffers[key] if is_buffer else module._parameters[key]
+    strict = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    is_strict = bool(strict & set(name.split("."))) and meta.dtype.is_floating_point
+    dtype = torch.float32 if is_strict else meta.dtype
+    held = torch.empty(meta.shape, dtype=dtype, device=device)
+    mapping.read_into(name, held)
+    if is_buffer:
+        module._buffers[key] = _initialised(held)
+    else:
+        setattr(module, key, _frozen(held))
 
 
 def _take_others(model: Any, apart: tuple[str, ...], loaded: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,7 +57,7 @@ class Mapping:
         by_pattern = {p: c for c in converters for p in c.source_patterns}
         meta = model.state_dict()
         self._sources: dict[str, _Sources] = defaultdict(_Sources)
-        for name in sorted(checkpoint.file_of, key=dot_natural_key):
+        for name in sorted(checkpoint.tensors, key=dot_natural_key):
             target, pattern = rename_source_key(
                 name, renamings, converters, model.base_model_prefix, meta
             )
@@ -70,15 +70,18 @@ class Mapping:
         """Whether the checkpoint has what makes a parameter."""
         return parameter in self._sources
 
-    def read(self, parameter: str, shape: tuple[int, ...]) -> Tensor:
-        """A whole parameter."""
+    def read_into(self, parameter: str, held: Tensor) -> None:
+        """Fill a contiguous tensor with a whole parameter."""
         sources = self._of(parameter)
-        if sources.converter is None:
-            found = self.checkpoint.read(sources.names[""][0])
-        else:
+        if sources.converter is not None:
             parts = {p: [self.checkpoint.read(n) for n in ns] for p, ns in sources.names.items()}
             found = _converted(sources.converter, parameter, parts)
-        return self._checked(found, parameter, shape)
+            self._check(found.shape, parameter, held.shape)
+            held.copy_(found)
+            return
+        name = sources.names[""][0]
+        self._check(self.checkpoint.shape(name), parameter, held.shape)
+        self.checkpoint.read_into(name, held)
 
     def read_expert(
         self, parameter: str, expert: int, num_experts: int, shape: tuple[int, ...]
@@ -93,13 +96,14 @@ class Mapping:
             found = parts[""][0]
         else:
             found = _converted(sources.converter, parameter, parts)
-        return self._checked(found, parameter, (1, *shape))
+        self._check(found.shape, parameter, (1, *shape))
+        return found
 
     def _share(self, names: list[str], expert: int, num_experts: int, parameter: str) -> Tensor:
         if len(names) == num_experts:
             return self.checkpoint.read(names[expert])
         if len(names) == 1 and self.checkpoint.shape(names[0])[0] == num_experts:
-            return self.checkpoint.read(names[0], expert)
+            return self.checkpoint.read(names[0], slice(expert, expert + 1))
         raise BadFileError(
             f"{self.checkpoint.folder}: {parameter} is made of {len(names)} tensors "
             f"({names[0]}, ...), expected one for each of {num_experts} experts"
@@ -113,13 +117,12 @@ class Mapping:
             )
         return self._sources[parameter]
 
-    def _checked(self, found: Tensor, parameter: str, shape: tuple[int, ...]) -> Tensor:
-        if tuple(found.shape) != shape:
+    def _check(self, found: Sequence[int], parameter: str, expected: Sequence[int]) -> None:
+        if tuple(found) != tuple(expected):
             raise BadFileError(
-                f"{self.checkpoint.folder}: {parameter} has shape {tuple(found.shape)}, "
-                f"expected {shape} by config.json"
+                f"{self.checkpoint.folder}: {parameter} has shape {tuple(found)}, "
+                f"expected {tuple(expected)} by config.json"
             )
-        return found
 
 
 def _converted(converter: Any, parameter: str, parts: dict[str, list[Tensor]]) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,8 +20,9 @@ class LoadMemory:
     Attributes:
         share_bytes: what the plan gives the rank: non-expert weights plus its experts.
         tensor_bytes: bytes of the tensors that the rank holds, each storage counted once.
-        peak_rss_bytes: the most resident memory while loading, above what the process had before
-            (measured); None where the system does not say.
+        peak_rss_bytes: the most resident memory while loading, above what the process had before,
+            the program's code and the model's modules without weights (measured); None where the
+            system does not say.
     """
 
     share_bytes: int
@@ -32,9 +36,15 @@ def resident_bytes() -> int | None:
 
 
 class PeakMemory:
-    """The most resident memory since it was made, above what there was then."""
+    """The most resident memory since it was made, above what there was then.
+
+    Free memory is given back first: what is taken from then on counts, wherever it comes from.
+    """
 
     def __init__(self) -> None:
+        gc.collect()
+        with contextlib.suppress(AttributeError, OSError):  # of the C library of GNU
+            ctypes.CDLL(None).malloc_trim(0)
         self._start = resident_bytes()
         try:
             Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the high-water mark

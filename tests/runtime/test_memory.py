@@ -11,15 +11,18 @@ import transformers
 from placer.placement import Placement, contiguous
 from placer.runtime.context import RankContext
 from placer.runtime.launch import launch
-from placer.runtime.loading import load_share
-from placer.runtime.memory import LoadMemory
+from placer.runtime.loading import load_share, share_bytes
+from placer.runtime.memory import LoadMemory, tensor_bytes
 from placer.runtime.rank import open_source
 
+from .models import SHIPPED
 from .plans import make_placement
 
 
-def load(context: RankContext, folder: Path, placement: Placement) -> LoadMemory:
-    source = open_source(folder)
+def load(
+    context: RankContext, folder: Path, placement: Placement, dtype: str = "auto"
+) -> LoadMemory:
+    source = open_source(folder, dtype)
     device = torch.device("cpu")
     return load_share(source.layout, source.mapping, placement, context.rank, device)[1]
 
@@ -36,6 +39,34 @@ def saved(folder: Path, *, per_expert: bool) -> Path:
     return folder
 
 
+def load_wastefully(context: RankContext, folder: Path, placement: Placement) -> LoadMemory:
+    """All experts of a layer are read before the rank's own are kept."""
+    source = open_source(folder)
+    read_expert = source.mapping.read_expert
+
+    def read_all(parameter, expert, num_experts, shape):
+        everything = [read_expert(parameter, e, num_experts, shape) for e in range(num_experts)]
+        return everything[expert]
+
+    source.mapping.read_expert = read_all
+    device = torch.device("cpu")
+    return load_share(source.layout, source.mapping, placement, context.rank, device)[1]
+
+
+def load_beside(context: RankContext, folder: Path, placements: list[Placement]) -> list[int]:
+    """Bytes of the tensors that several placements take together, one after the other."""
+    source, device = open_source(folder), torch.device("cpu")
+    held, found, others = [], [], None
+    for placement in placements:
+        model, _ = load_share(
+            source.layout, source.mapping, placement, context.rank, device, others
+        )
+        others = others or model
+        held += [*model.parameters(), *model.buffers()]
+        found.append(tensor_bytes(held))
+    return found
+
+
 @pytest.mark.parametrize("per_expert", [True, False])
 def test_no_rank_takes_more_than_a_tenth_beyond_its_share(tmp_path, per_expert):
     folder = saved(tmp_path / "model", per_expert=per_expert)
@@ -45,6 +76,36 @@ def test_no_rank_takes_more_than_a_tenth_beyond_its_share(tmp_path, per_expert):
         assert memory.tensor_bytes == memory.share_bytes
         assert memory.peak_rss_bytes is not None
         assert memory.peak_rss_bytes < 1.1 * memory.share_bytes
+
+
+def test_a_rank_that_reads_what_is_not_its_own_is_found_out(tmp_path):
+    folder = saved(tmp_path / "model", per_expert=True)
+    placement = contiguous(5, 32, 32, 1, 32)
+    shared = launch(load, 1, (folder, placement))[0]
+    wasteful = launch(load_wastefully, 1, (folder, placement))[0]
+    assert shared.peak_rss_bytes < 1.1 * shared.share_bytes
+    assert wasteful.tensor_bytes == shared.tensor_bytes
+    assert wasteful.peak_rss_bytes > 1.5 * wasteful.share_bytes
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_little_is_taken_beyond_a_share_of_a_few_megabytes(dtype):
+    """What does not grow with the model: memory that the allocator keeps, pages of code."""
+    for memory in launch(load, 4, (SHIPPED, contiguous(8, 32, 4, 8, 4), dtype)):
+        assert memory.share_bytes < 8e6
+        assert memory.tensor_bytes == memory.share_bytes
+        assert memory.peak_rss_bytes < 1.1 * memory.share_bytes + 1e6
+
+
+def test_placements_side_by_side_share_what_is_not_an_expert(models):
+    reference = models.get("DeepseekV3")
+    layout = reference.layout
+    placements = [make_placement(kind, 2, 8, 2, 2) for kind in ("random", "replicas")]
+    found = launch(load_beside, 2, (reference.folder, placements))
+    for rank, (first, both) in enumerate(found):
+        assert first == share_bytes(layout, placements[0], rank)
+        more = share_bytes(layout, placements[1], rank) - layout.other_bytes
+        assert both == first + more
 
 
 def test_a_share_follows_the_plan_with_replicas_and_empty_slots(models):
