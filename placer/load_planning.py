@@ -46,7 +46,7 @@ def plan_from_load(
         UsageError: what is asked for needs tokens, or there is one window and not `in_sample`.
         InfeasibleError, TimeLimitError: as in `placer.planning.make_plan`.
     """
-    from solvers import Problem
+    from solvers import Budget, Problem, ctrl_c_stops
 
     started = time.perf_counter()
     _refuse_what_needs_tokens(settings, name)
@@ -64,36 +64,38 @@ def plan_from_load(
         max_imbalance=settings.max_imbalance,
     )
     progress(f"solving with {settings.solver} (the first run compiles it)")
-    result = run_solver(problem, settings)
-    refuse_broken_cap(result, settings)
-    placement = placement_of(problem, result)
-    return Plan(
-        placement=placement,
-        layer_ids=tuple(record.layer_ids.tolist()),
-        dispatch=settings.dispatch,
-        prediction=_prediction(placement, judge, settings),
-        certificate=certificate_of(result, "balance"),
-        provenance={
-            "inputs": [
-                {
-                    "name": name,
-                    "kind": "load",
-                    "fingerprint": record.fingerprint(),
-                    "windows": record.num_windows,
-                    "fit_windows": len(fit),
-                }
-            ],
-            "solver": result.solver,
-            "seed": settings.seed,
-            "settings": asdict(settings),
-            "notes": [*result.notes, f"fitted to a load record: {WHY_NO_AFFINITY}"],
-            "versions": versions(),
-        },
-        timings={
-            "solve_s": round(result.seconds, 3),
-            "total_s": round(time.perf_counter() - started, 3),
-        },
-    )
+    budget = Budget(settings.time_limit_s)
+    with ctrl_c_stops(budget):
+        result = run_solver(problem, settings, budget)
+        refuse_broken_cap(result, settings)
+        placement = placement_of(problem, result)
+        return Plan(
+            placement=placement,
+            layer_ids=tuple(record.layer_ids.tolist()),
+            dispatch=settings.dispatch,
+            prediction=_prediction(placement, judge, settings),
+            certificate=certificate_of(result, "balance"),
+            provenance={
+                "inputs": [
+                    {
+                        "name": name,
+                        "kind": "load",
+                        "fingerprint": record.fingerprint(),
+                        "windows": record.num_windows,
+                        "fit_windows": len(fit),
+                    }
+                ],
+                "solver": result.solver,
+                "seed": settings.seed,
+                "settings": asdict(settings),
+                "notes": [*result.notes, f"fitted to a load record: {WHY_NO_AFFINITY}"],
+                "versions": versions(),
+            },
+            timings={
+                "solve_s": round(result.seconds, 3),
+                "total_s": round(time.perf_counter() - started, 3),
+            },
+        )
 
 
 def only_load(paths: Sequence[Path]) -> LoadRecord:

@@ -10,7 +10,7 @@ from solvers.frontier import frontier, knee
 from solvers.problem import Problem
 from solvers.registry import get, names, register
 from solvers.result import InfeasibleProblem, NoSolutionFound, Result, Solution
-from solvers.solving import capped_imbalance, solve
+from solvers.solving import capped_imbalance, ctrl_c_stops, solve
 
 __all__ = [
     "Budget",
@@ -20,6 +20,7 @@ __all__ = [
     "Result",
     "Solution",
     "capped_imbalance",
+    "ctrl_c_stops",
     "frontier",
     "get",
     "knee",

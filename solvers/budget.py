@@ -49,8 +49,11 @@ class Budget:
 
     def part(self, share: float) -> Budget:
         """A budget of a share of the remaining time; stopping one stops the other."""
-        seconds = None if self.seconds is None else share * self.remaining()
-        return type(self)(seconds, self.effort, _stop=self._stop)
+        return self.other(None if self.seconds is None else share * self.remaining(), self.effort)
+
+    def other(self, seconds: float | None, effort: float | None = None) -> Budget:
+        """Another budget that begins now; stopping one stops the other."""
+        return type(self)(seconds, effort, _stop=self._stop)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

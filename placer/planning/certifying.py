@@ -16,7 +16,7 @@ from placer.planning.settings import Progress, Settings
 from placer.trace.source import TraceSource
 
 if TYPE_CHECKING:
-    from solvers import Problem, Result
+    from solvers import Budget, Problem, Result
     from solvers.bounds.bound import Bound
 
 DEFAULT_EFFORT = 3.0
@@ -29,13 +29,13 @@ SCHEMA_VERSION = 1
 
 
 def bounds_of_result(
-    problem: Problem, result: Result, settings: Settings, progress: Progress
+    problem: Problem, result: Result, settings: Settings, budget: Budget, progress: Progress
 ) -> list[Bound]:
     """Bounds on the figures of a result: all of them where time was given for it.
 
-    Without, only on what is to be minimised, and with an effort instead of a time.
+    Without, only on what is to be minimised, and with an effort instead of a time. What stops
+    `budget`, the search's, stops the proofs.
     """
-    from solvers import Budget
     from solvers.bounds.certifying import certify
 
     own = OBJECTIVE_FIGURES.get(settings.objective)
@@ -44,8 +44,8 @@ def bounds_of_result(
     progress("proving bounds")
     if settings.certify_s is None:
         assert own is not None
-        return certify(problem, result.placement, Budget(effort=DEFAULT_EFFORT), [own])
-    return certify(problem, result.placement, Budget(settings.certify_s))
+        return certify(problem, result.placement, budget.other(None, DEFAULT_EFFORT), [own])
+    return certify(problem, result.placement, budget.other(settings.certify_s))
 
 
 def with_bounds(

@@ -92,7 +92,8 @@ def make_frontier(
     """Fit the frontier to one part of the requests and judge every point on the other.
 
     Which points stay and which one is the knee is decided on the tokens that the plans were fitted
-    to; the held-out figures choose nothing.
+    to; the held-out figures choose nothing. Once the search has begun, the first Ctrl-C ends it;
+    what was found is judged and returned.
 
     Raises:
         UsageError: the dispatch's traffic does not depend on the placement.
@@ -108,33 +109,37 @@ def make_frontier(
     problem = build_problem(parts.fit, settings, progress)
     progress("searching the frontier (the first run compiles the search)")
     budget = solvers.Budget(settings.time_limit_s)
-    try:
-        results = solvers.frontier(problem, seed=settings.seed, budget=budget)
-    except solvers.InfeasibleProblem as error:
-        raise InfeasibleError(str(error)) from error
-    best = solvers.knee(results)
-    points = []
-    for number, result in enumerate(results):
-        progress(f"replaying the {parts.scope} tokens: plan {number + 1} of {len(results)}")
-        plan = plan_of_result(result, problem, parts, settings, time.perf_counter() - started)
-        fitted = {"traffic": result.objective, "imbalance": solvers.capped_imbalance(result.parts)}
-        points.append(Point(plan, fitted, number == best))
-    figures = figures_of_interest(settings)
-    peers = {}
-    for name in PEERS[:1] if problem.restrictions else PEERS:
-        progress(f"replaying {name}")
-        if name == "contiguous":
-            metrics = points[0].plan.prediction["baselines"]["contiguous"]
-        else:
-            result = solvers.solve(problem, name, seed=settings.seed)
-            metrics = evaluate(
-                placement_of(problem, result),
-                {},
-                parts.judge,
-                scope=parts.scope,
-                dispatch=settings.dispatch,
-                replica_policy=settings.replica_policy,
-                seed=settings.seed,
-            ).metrics
-        peers[name] = {figure: metrics[figure] for figure in figures}
-    return Frontier(tuple(points), peers, figures, parts.scope)
+    with solvers.ctrl_c_stops(budget):
+        try:
+            results = solvers.frontier(problem, seed=settings.seed, budget=budget)
+        except solvers.InfeasibleProblem as error:
+            raise InfeasibleError(str(error)) from error
+        best = solvers.knee(results)
+        points = []
+        for number, result in enumerate(results):
+            progress(f"replaying the {parts.scope} tokens: plan {number + 1} of {len(results)}")
+            plan = plan_of_result(result, problem, parts, settings, time.perf_counter() - started)
+            fitted = {
+                "traffic": result.objective,
+                "imbalance": solvers.capped_imbalance(result.parts),
+            }
+            points.append(Point(plan, fitted, number == best))
+        figures = figures_of_interest(settings)
+        peers = {}
+        for name in PEERS[:1] if problem.restrictions else PEERS:
+            progress(f"replaying {name}")
+            if name == "contiguous":
+                metrics = points[0].plan.prediction["baselines"]["contiguous"]
+            else:
+                result = solvers.solve(problem, name, seed=settings.seed)
+                metrics = evaluate(
+                    placement_of(problem, result),
+                    {},
+                    parts.judge,
+                    scope=parts.scope,
+                    dispatch=settings.dispatch,
+                    replica_policy=settings.replica_policy,
+                    seed=settings.seed,
+                ).metrics
+            peers[name] = {figure: metrics[figure] for figure in figures}
+        return Frontier(tuple(points), peers, figures, parts.scope)

@@ -110,22 +110,29 @@ def make_plan(
 ) -> Plan:
     """Fit a plan to one part of the requests and predict its figures on the other.
 
+    Once the search has begun, the first Ctrl-C ends it and what proofs are under way; the best plan
+    so far is judged and returned.
+
     Raises:
         InfeasibleError: the cap on imbalance cannot be kept; nothing is returned.
         TimeLimitError: no placement that keeps it within the time limit.
     """
+    import solvers
+
     started = time.perf_counter()
     check_solver(settings.solver)
     progress("splitting the requests")
     parts = split_sources(sources, settings)
     problem = build_problem(parts.fit, settings, progress)
     progress(f"solving with {settings.solver} (the first run compiles it)")
-    result = run_solver(problem, settings)
-    refuse_broken_cap(result, settings)
-    bounds = bounds_of_result(problem, result, settings, progress)
-    progress(f"replaying the {parts.scope} tokens")
-    seconds = time.perf_counter() - started
-    return plan_of_result(result, problem, parts, settings, seconds, bounds)
+    budget = solvers.Budget(settings.time_limit_s)
+    with solvers.ctrl_c_stops(budget):
+        result = run_solver(problem, settings, budget)
+        refuse_broken_cap(result, settings)
+        bounds = bounds_of_result(problem, result, settings, budget, progress)
+        progress(f"replaying the {parts.scope} tokens")
+        seconds = time.perf_counter() - started
+        return plan_of_result(result, problem, parts, settings, seconds, bounds)
 
 
 def placement_of(problem: Problem, result: Result) -> Placement:

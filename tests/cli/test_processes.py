@@ -32,6 +32,20 @@ from placer.cli.app import main
 main()
 """
 
+# Presses Ctrl-C when the plan is found and is being judged, then runs `placer`.
+LATE_PROGRAM = """
+import os, signal
+from placer.planning import making
+
+def interrupted(*arguments, judge=making.evaluate, **options):
+    os.kill(os.getpid(), signal.SIGINT)
+    return judge(*arguments, **options)
+
+making.evaluate = interrupted
+from placer.cli.app import main
+main()
+"""
+
 
 def placer(*arguments: object, program: str | None = None) -> subprocess.CompletedProcess[str]:
     how = ["-m", "placer"] if program is None else ["-c", program]
@@ -60,6 +74,17 @@ def test_ctrl_c_writes_the_best_plan_so_far(trace_folder, tmp_path, solver, disp
     assert read_plan(path).placement.problems() == []
     if solver == "local_search":
         assert json.loads(path.read_text())["certificate"]["termination"] == "interrupted"
+
+
+@pytest.mark.parametrize("options", [["--solver", "eplb"], ["--pareto", "--time-limit", "0.1"]])
+def test_ctrl_c_while_a_plan_is_judged_does_not_lose_it(trace_folder, tmp_path, options):
+    path = tmp_path / "plan.json"
+    done = placer(
+        "solve", trace_folder, "--gpus", 4, *options, "-o", path, "--json", program=LATE_PROGRAM
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)
+    assert read_plan(path).placement.problems() == []
 
 
 @pytest.mark.parametrize(
