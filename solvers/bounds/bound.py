@@ -15,6 +15,8 @@ class Bound:
         lower_bound: what no placement of the problem is below.
         method: how it was proven, in a few words.
         seconds: wall-clock time that the proof took.
+        max_imbalance: the bound is on placements with at most this imbalance, as the cap counts it;
+            None = on all.
     """
 
     figure: str
@@ -22,6 +24,7 @@ class Bound:
     lower_bound: float
     method: str
     seconds: float
+    max_imbalance: float | None = None
 
     @property
     def gap(self) -> float:
@@ -32,10 +35,13 @@ class Bound:
 
     def to_document(self) -> dict[str, float | str]:
         """As it stands in a plan file."""
-        return {
+        found: dict[str, float | str] = {
             "figure": self.figure,
             "value": self.value,
             "lower_bound": self.lower_bound,
             "gap": self.gap,
             "method": self.method,
         }
+        if self.max_imbalance is not None:
+            found["max_imbalance"] = self.max_imbalance
+        return found

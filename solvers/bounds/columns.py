@@ -26,6 +26,9 @@ is standard in vehicle routing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -43,36 +46,70 @@ _GRID = 1024.0
 _TOLERANCE = 5e-4  # relative, of the bound against the linear relaxation
 _BOX = 0.03  # of a mean price
 _FOUND = 256
-_SEEDS = 12
+_SEEDS = 1
 _SLACK = (_TOLERANCE / 2, 0.1, 0.3)  # of the bound, given up where proofs take too long
-_PATIENCE = 4  # steps without a gain of the tolerance end the search
+_EXACT = 1e-9  # relative, that a load may be above what is allowed: rounding excludes no set
+STEP_S, PAIR_S = 0.006, 2e-9  # nominal: of a step, and of a pair of candidates in it
+_PATIENCE = 8  # steps without a gain of the tolerance end the search
 
 
-class Columns:
-    """The sets found so far for one layer, and the best bound on its tokens together.
+@dataclass(frozen=True, eq=False)
+class RankLoads:
+    """What a rank's load does to the imbalance of its layer.
+
+    The imbalance is a mean over scenarios of the busiest rank's load, which is at least that of
+    each rank, and at least a floor that no placement is below. So a layer's imbalance is at least
+
+        sum over scenarios of max(share of S, floor)
+
+    for the set S of each of its ranks.
 
     Attributes:
-        best: what is proven, in tokens; -inf: nothing.
-        done: whether more steps are worth while.
-        members: [M, s], rank: [M], cost: [M] the sets found so far.
+        share: [C, E] load of an expert, in units of the scenario's mean rank load x its weight.
+        floor: [C] least possible load of the busiest rank, in the same units.
+    """
+
+    share: Floats
+    floor: Floats
+
+    @staticmethod
+    def none(num_experts: int) -> RankLoads:
+        """No scenario."""
+        return RankLoads(np.zeros((0, num_experts)), np.zeros(0))
+
+    def busiest(self, members: Integers) -> Floats:
+        """[M] imbalance that a rank alone makes if it holds one of the sets [M, s]."""
+        load = self.share[:, members].sum(axis=2)
+        return np.maximum(load, self.floor[:, None]).sum(axis=0)
+
+
+class LayerTokens:
+    """The tokens of one layer, as column generation needs them.
+
+    Attributes:
+        sets: the tokens.
+        by_home: whether they have homes, so that ranks differ.
+        kinds: ranks that differ; each: ranks of a kind.
+        first, users: of `TokenSets.users`.
+        pairs: [E, E] tokens that use both, its diagonal those that use one.
+        at_home: [kinds, E] tokens that use an expert and whose home is the rank.
+        order: [E] experts that overlap most with others first.
+        loads: what the cap on imbalance is about.
     """
 
     def __init__(
-        self, sets: TokenSets, start: Integers, by_home: bool, max_work: int = MAX_WORK
+        self,
+        sets: TokenSets,
+        num_ranks: int,
+        by_home: bool,
+        loads: RankLoads | None = None,
     ) -> None:
-        """
-        Args:
-            sets: the layer's tokens.
-            start: [G, s] a good placement.
-            by_home: whether tokens have homes, so that ranks differ.
-            max_work: limit on a branch and bound.
-        """
-        self.sets, self.by_home, self.max_work = sets, by_home, max_work
-        self.num_ranks, self.size = start.shape
+        self.sets, self.num_ranks, self.by_home = sets, num_ranks, by_home
+        self.size = sets.num_experts // num_ranks
         self.first, self.users = sets.users()
         self.pairs = sets.together()
-        self.kinds = self.num_ranks if by_home else 1
-        self.each = self.num_ranks // self.kinds
+        self.kinds = num_ranks if by_home else 1
+        self.each = num_ranks // self.kinds
         self.at_home: Floats = np.zeros((self.kinds, sets.num_experts))
         if by_home:
             number, column = np.nonzero(sets.experts >= 0)
@@ -82,70 +119,17 @@ class Columns:
         overlap = self.pairs - np.diag(np.diag(self.pairs))
         most = -np.sort(-overlap, axis=1)[:, : self.size - 1].sum(axis=1)
         self.order = np.argsort(-most, kind="stable")
-        self.members = np.zeros((0, self.size), np.int64)
-        self.rank = np.zeros(0, np.int64)
-        self.cost = np.zeros(0)
-        self.add(start, np.arange(self.num_ranks) % self.kinds)
-        self.centre = self._shares(start)
-        self.box = np.full(sets.num_experts, _BOX * float(self.centre.mean()) + 1 / _GRID)
-        self.best, self.steps, self.idle, self.slack = -np.inf, 0, 0, 0
-        self.done = False
+        self.loads = RankLoads.none(sets.num_experts) if loads is None else loads
 
-    def add(self, members: Integers, rank: Integers) -> None:
-        """Take in sets [M, s] of experts for the ranks [M]."""
-        rows = np.column_stack([rank, np.sort(members, axis=1)])
-        rows = np.unique(np.concatenate([np.column_stack([self.rank, self.members]), rows]), axis=0)
-        self.rank, self.members = rows[:, 0].copy(), np.ascontiguousarray(rows[:, 1:])
-        self.cost = self._costs(self.members, self.rank)
-
-    def step(self, stop: Integers) -> None:
-        """One round of prices, sets and, if the branch and bound is completed, a bound.
-
-        Args:
-            stop: [1] not 0 once the time is over.
-        """
-        solved = self._master()
-        if solved is None:
-            self.done = True
-            return
-        relaxed, price, rank_price, inside = solved
-        self.steps += 1
-        limit = -_SLACK[self.slack] * relaxed / self.num_ranks
-        members, rank = self._improved(price, rank_price)
-        reduced = self._costs(members, rank) - price[members].sum(axis=1) - rank_price[rank]
-        found, found_rank = np.zeros((_FOUND, self.size), np.int64), np.zeros(_FOUND, np.int64)
-        least, num_found, complete = kernels.cheapest_set(
-            self.order, price, rank_price, self.sets.experts, self.sets.home, self.sets.weight,
-            self.first, self.users, self.pairs, self.at_home, self.size,
-            min(limit, float(reduced.min())), self.max_work, stop, found, found_rank,
-        )  # fmt: skip
-        if not complete:
-            self.slack += 1
-            self.done = stop[0] != 0 or self.slack == len(_SLACK) or self.best > -np.inf
-            return
-        self.add(
-            np.concatenate([members[reduced < 0], found[:num_found]]),
-            np.concatenate([rank[reduced < 0], found_rank[:num_found]]),
-        )
-        dual = float(price.sum() + self.each * rank_price.sum() + self.num_ranks * least)
-        self.idle = 0 if dual > self.best + _TOLERANCE * relaxed else self.idle + 1
-        if dual > self.best:
-            self.best, self.centre = dual, price
-            if not inside:
-                self.box = self.box * 2
-        else:
-            self.box = self.box / 2
-        met = inside and relaxed - self.best <= 2 * _SLACK[self.slack] * relaxed
-        self.done = met or self.idle >= _PATIENCE or self.steps >= MAX_STEPS
-
-    def _costs(self, members: Integers, rank: Integers) -> Floats:
+    def costs(self, members: Integers, rank: Integers) -> Floats:
+        """[M] tokens that use the sets [M, s] and are not at the ranks [M]."""
         ranks = rank if self.by_home else np.full(rank.size, -2)
         found: Floats = kernels.costs(
             members, ranks, self.first, self.users, self.sets.home, self.sets.weight
         )
         return found
 
-    def _shares(self, start: Integers) -> Floats:
+    def shares(self, start: Integers) -> Floats:
         """[E] what the tokens pay for each expert: a rank's cost is shared by those it serves."""
         sets = self.sets
         rank_of = np.zeros(sets.num_experts + 1, np.int64)
@@ -160,6 +144,114 @@ class Columns:
         ).astype(np.float64)
         return total
 
+
+class Columns:
+    """The sets found so far for one layer, and the best bound on its tokens together.
+
+    Attributes:
+        best: what is proven, in tokens; -inf: nothing.
+        done: whether more steps are worth while.
+        work: nominal seconds spent.
+        members: [M, s], rank: [M], cost: [M] the sets found so far.
+    """
+
+    def __init__(
+        self,
+        layer: LayerTokens,
+        starts: Sequence[Integers],
+        most: float = np.inf,
+        max_work: int = MAX_WORK,
+    ) -> None:
+        """
+        Args:
+            layer: the tokens.
+            starts: [G, s] good placements, the best one first.
+            most: imbalance that a rank may make; sets that make more are left out.
+            max_work: limit on a branch and bound.
+        """
+        self.layer, self.most, self.max_work = layer, most * (1 + _EXACT), max_work
+        self.num_ranks, self.size = layer.num_ranks, layer.size
+        self.members = np.zeros((0, self.size), np.int64)
+        self.rank = np.zeros(0, np.int64)
+        self.cost = np.zeros(0)
+        ranks = np.arange(self.num_ranks) % layer.kinds
+        self.add(np.concatenate(starts), np.tile(ranks, len(starts)))
+        self.centre = layer.shares(starts[0])
+        self.box = self._first_box()
+        self.best, self.steps, self.idle, self.slack = -np.inf, 0, 0, 0
+        self.work, self.done = 0.0, False
+
+    def limited(self, most: float) -> Columns:
+        """Columns for another limit on imbalance, that start from the sets and prices here."""
+        found = copy(self)
+        found.most = most * (1 + _EXACT)
+        allowed = self.layer.loads.busiest(self.members) <= found.most
+        found.members, found.rank = self.members[allowed], self.rank[allowed]
+        found.cost = self.cost[allowed]
+        found.box = self._first_box()
+        found.best, found.steps, found.idle, found.slack = -np.inf, 0, 0, 0
+        found.work, found.done = 0.0, False
+        return found
+
+    def _first_box(self) -> Floats:
+        return np.full(self.centre.size, _BOX * float(self.centre.mean()) + 1 / _GRID)
+
+    def add(self, members: Integers, rank: Integers) -> None:
+        """Take in sets [M, s] of experts for the ranks [M], but for those with too much load."""
+        allowed = self.layer.loads.busiest(members) <= self.most
+        rows = np.column_stack([rank, np.sort(members, axis=1)])[allowed]
+        known = np.column_stack([self.rank, self.members])
+        _, first = np.unique(np.concatenate([known, rows]), axis=0, return_index=True)
+        rows = rows[np.sort(first[first >= len(known)]) - len(known)]
+        members, rank = np.ascontiguousarray(rows[:, 1:]), rows[:, 0].copy()
+        self.cost = np.concatenate([self.cost, self.layer.costs(members, rank)])
+        self.rank = np.concatenate([self.rank, rank])
+        self.members = np.concatenate([self.members, members])
+
+    def step(self, stop: Integers) -> None:
+        """One round of prices, sets and, if the branch and bound is completed, a bound.
+
+        Args:
+            stop: [1] not 0 once the time is over.
+        """
+        layer, sets, loads = self.layer, self.layer.sets, self.layer.loads
+        self.work += STEP_S
+        solved = self._master()
+        if solved is None:
+            self.done = True
+            return
+        relaxed, price, rank_price, inside = solved
+        self.steps += 1
+        limit = -_SLACK[self.slack] * relaxed / self.num_ranks
+        members, rank = self._improved(price, rank_price)
+        reduced = layer.costs(members, rank) - price[members].sum(axis=1) - rank_price[rank]
+        found, found_rank = np.zeros((_FOUND, self.size), np.int64), np.zeros(_FOUND, np.int64)
+        least, num_found, complete, work = kernels.cheapest_set(
+            layer.order, price, rank_price, sets.experts, sets.home, sets.weight,
+            layer.first, layer.users, layer.pairs, layer.at_home, loads.share, loads.floor,
+            self.most, self.size, min(limit, float(reduced.min(initial=0.0))), self.max_work, stop,
+            found, found_rank,
+        )  # fmt: skip
+        self.work += work * PAIR_S
+        if not complete:
+            self.slack += 1
+            self.done = stop[0] != 0 or self.slack == len(_SLACK) or self.best > -np.inf
+            return
+        self.add(
+            np.concatenate([members[reduced < 0], found[:num_found]]),
+            np.concatenate([rank[reduced < 0], found_rank[:num_found]]),
+        )
+        dual = float(price.sum() + layer.each * rank_price.sum() + self.num_ranks * least)
+        self.idle = 0 if dual > self.best + _TOLERANCE * relaxed else self.idle + 1
+        if dual > self.best:
+            self.best, self.centre = dual, price
+            if not inside:
+                self.box = self.box * 2
+        else:
+            self.box = self.box / 2
+        met = inside and relaxed - self.best <= 2 * _SLACK[self.slack] * relaxed
+        self.done = met or self.idle >= _PATIENCE or self.steps >= MAX_STEPS
+
     def _master(self) -> tuple[float, Floats, Floats, bool] | None:
         """The relaxation over the known sets: value, prices, and whether the box is not felt.
 
@@ -168,24 +260,24 @@ class Columns:
         from scipy.optimize import linprog
         from scipy.sparse import csr_matrix
 
-        num_sets, num_experts = len(self.cost), self.sets.num_experts
+        layer = self.layer
+        num_sets, num_experts = len(self.cost), layer.sets.num_experts
         numbers, experts = np.arange(num_sets), np.arange(num_experts)
-        rows = np.concatenate([self.members.ravel(), num_experts + self.rank, experts, experts])
+        ranks = np.arange(layer.kinds)
+        slack = np.concatenate([experts, experts, num_experts + ranks])
+        rows = np.concatenate([self.members.ravel(), num_experts + self.rank, slack])
         columns = np.concatenate(
-            [
-                np.repeat(numbers, self.size),
-                numbers,
-                num_sets + experts,
-                num_sets + num_experts + experts,
-            ]
+            [np.repeat(numbers, self.size), numbers, num_sets + np.arange(slack.size)]
         )
         values = np.ones(rows.size)
-        values[-num_experts:] = -1.0
+        values[-num_experts - layer.kinds : -layer.kinds] = -1.0
+        dear = float(layer.sets.weight.sum())  # of a rank without a set
         matrix: Any = csr_matrix((values, (rows, columns)))
+        above, below = self.centre + self.box, self.box - self.centre
         solved: Any = linprog(
-            np.concatenate([self.cost, self.centre + self.box, self.box - self.centre]),
+            np.concatenate([self.cost, above, below, np.full(ranks.size, dear)]),
             A_eq=matrix,
-            b_eq=np.concatenate([np.ones(num_experts), np.full(self.kinds, float(self.each))]),
+            b_eq=np.concatenate([np.ones(num_experts), np.full(ranks.size, float(layer.each))]),
             method="highs",
         )
         if solved.status != 0:
@@ -199,9 +291,10 @@ class Columns:
         reduced = self.cost - price[self.members].sum(axis=1) - rank_price[self.rank]
         seeds = np.argsort(reduced, kind="stable")[:_SEEDS]
         members, rank = self.members[seeds].copy(), self.rank[seeds]
+        layer, sets, loads = self.layer, self.layer.sets, self.layer.loads
         for row, at in zip(members, rank, strict=True):
             kernels.descend(
-                row, at if self.by_home else -2, price, self.first, self.users, self.sets.home,
-                self.sets.weight,
+                row, at if layer.by_home else -2, price, layer.first, layer.users, sets.home,
+                sets.weight, loads.share, loads.floor, self.most,
             )  # fmt: skip
         return members, rank

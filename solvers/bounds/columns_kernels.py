@@ -26,11 +26,28 @@ def costs(sets: Any, ranks: Any, first: Any, users: Any, home: Any, weight: Any)
 
 
 @compiled
+def busiest(share: Any, floor: Any, experts: Any) -> Any:
+    """Imbalance that a rank alone makes if it holds the `experts`, see `columns.RankLoads`."""
+    total = 0.0
+    for scenario in range(floor.size):
+        load = 0.0
+        for expert in experts:
+            load += share[scenario, expert]
+        total += max(load, floor[scenario])
+    return total
+
+
+@compiled
 def descend(
-    chosen: Any, rank: Any, price: Any, first: Any, users: Any, home: Any, weight: Any
-) -> Any:
-    """Swap experts of the set `chosen` [s] in place while its cost less prices falls."""
+    chosen: Any, rank: Any, price: Any, first: Any, users: Any, home: Any, weight: Any,
+    share: Any, floor: Any, most: Any,
+) -> Any:  # fmt: skip
+    """Swap experts of the set `chosen` [s] in place while its cost less prices falls.
+
+    The set stays one that makes no more imbalance than `most`.
+    """
     num_experts = price.size
+    trial = chosen.copy()
     used = np.zeros(weight.size, np.int64)
     inside = np.zeros(num_experts, np.bool_)
     for expert in chosen:
@@ -55,7 +72,10 @@ def descend(
                     if used[token] == 0 and home[token] != rank:
                         change += weight[token]
                 if change < best:
-                    best, best_out, best_in = change, out, expert
+                    trial[out] = expert
+                    if busiest(share, floor, trial) <= most:
+                        best, best_out, best_in = change, out, expert
+                    trial[out] = chosen[out]
             for at in range(first[chosen[out]], first[chosen[out] + 1]):
                 used[users[at]] += 1
         if best_out < 0:
@@ -67,13 +87,14 @@ def descend(
         inside[chosen[best_out]] = False
         inside[best_in] = True
         chosen[best_out] = best_in
+        trial[best_out] = best_in
 
 
 @compiled
 def cheapest_set(
     order: Any, price: Any, rank_price: Any, experts: Any, home: Any, weight: Any, first: Any,
-    users: Any, pairs: Any, at_home: Any, size: Any, limit: Any, max_work: Any, stop: Any,
-    found: Any, found_rank: Any,
+    users: Any, pairs: Any, at_home: Any, share: Any, floor: Any, most: Any, size: Any, limit: Any,
+    max_work: Any, stop: Any, found: Any, found_rank: Any,
 ) -> Any:  # fmt: skip
     """Branch and bound over the sets of `size` experts, and ranks, for the least reduced cost.
 
@@ -81,7 +102,7 @@ def cheapest_set(
     o_ij those that use both i and j. By Bonferroni's inequality r more experts B cover at least
     sum c_i - sum o_ij over the pairs of B, and so at least the sum of the r smallest
     c_i - (the r - 1 largest o_ij) / 2. All figures are multiples of a power of two and far below
-    2^53 of them: the arithmetic is exact.
+    2^53 of them: the arithmetic is exact. Sets that make more imbalance than `most` are left out.
 
     Args:
         order: [E] experts in the order in which they are chosen.
@@ -89,14 +110,23 @@ def cheapest_set(
         experts, home, weight, first, users: of `TokenSets`.
         pairs: [E, E] tokens that use both, its diagonal those that use one.
         at_home: [Q, E] tokens that use an expert and whose home is the rank.
+        share, floor: of `columns.RankLoads`; most: imbalance that one rank may make.
         limit: only less than this is looked for.
         max_work: pairs of candidates to look at before giving up.
         stop: [1] not 0 when to give up.
         found: [F, size], found_rank: [F] filled with sets in the order in which they are found.
 
     Returns:
-        min(limit, least reduced cost), sets found, and whether the search was completed.
+        min(limit, least reduced cost), sets found, whether the search was completed, and the pairs
+        of candidates that it looked at.
     """
+    num_scenarios = floor.size
+    lightest = np.zeros((num_scenarios, size + 1))  # load of that many coolest experts
+    for scenario in range(num_scenarios):
+        coolest = np.sort(share[scenario])
+        for z in range(size):
+            lightest[scenario, z + 1] = lightest[scenario, z] + coolest[z]
+    load = np.zeros((size + 1, num_scenarios))
     num_experts, num_ranks, width = price.size, rank_price.size, experts.shape[1]
     away = np.zeros((size + 1, num_experts))
     homes = np.zeros((size + 1, num_ranks, num_experts))
@@ -130,14 +160,21 @@ def cheapest_set(
         at[depth] += 1
         nodes += 1
         if work > max_work or (nodes & 31 == 0 and stop[0] != 0):
-            return best, num_found, False
+            return best, num_found, False, work
         left = size - depth - 1
+        total = 0.0
+        for scenario in range(num_scenarios):
+            load[depth + 1, scenario] = load[depth, scenario] + share[scenario, expert]
+            total += max(load[depth + 1, scenario] + lightest[scenario, left], floor[scenario])
+        if total > most:
+            continue
         chosen[depth] = expert
         for rank in range(num_ranks):
             cost[depth + 1, rank] = (
                 cost[depth, rank] + away[depth, expert] - homes[depth, rank, expert] - price[expert]
             )
         if left == 0:
+            work += num_ranks
             for rank in range(num_ranks):
                 if cost[depth + 1, rank] < best:
                     best = cost[depth + 1, rank]
@@ -231,4 +268,4 @@ def cheapest_set(
         count[depth + 1] = m
         at[depth + 1] = 0
         depth += 1
-    return best, num_found, True
+    return best, num_found, True, work
