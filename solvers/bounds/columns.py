@@ -29,27 +29,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
 from solvers.bounds import columns_kernels as kernels
+from solvers.bounds.master import Master
 from solvers.bounds.token_sets import TokenSets
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
 MAX_STEPS = 60
-MAX_WORK = 300_000_000  # of one branch and bound; some seconds
+MAX_WORK = 60_000_000  # of one branch and bound; a second or two
 _GRID = 1024.0
 _TOLERANCE = 5e-4  # relative, of the bound against the linear relaxation
 _BOX = 0.03  # of a mean price
 _FOUND = 256
-_SEEDS = 1
+_SEEDS, _SMALL = (1, 8), 4  # sets to swap from, for small and larger ones
 _SLACK = (_TOLERANCE / 2, 0.1, 0.3)  # of the bound, given up where proofs take too long
 _EXACT = 1e-9  # relative, that a load may be above what is allowed: rounding excludes no set
-STEP_S, PAIR_S = 0.006, 2e-9  # nominal: of a step, and of a pair of candidates in it
+STEP_S, PAIR_S = 0.003, 2.5e-8  # nominal: of a step, and of a pair of candidates in it
 _PATIENCE = 8  # steps without a gain of the tolerance end the search
 
 
@@ -180,6 +179,7 @@ class Columns:
         self.box = self._first_box()
         self.best, self.steps, self.idle, self.slack = -np.inf, 0, 0, 0
         self.work, self.done = 0.0, False
+        self.master: Master | None = None
 
     def limited(self, most: float) -> Columns:
         """Columns for another limit on imbalance, that start from the sets and prices here."""
@@ -190,7 +190,7 @@ class Columns:
         found.cost = self.cost[allowed]
         found.box = self._first_box()
         found.best, found.steps, found.idle, found.slack = -np.inf, 0, 0, 0
-        found.work, found.done = 0.0, False
+        found.work, found.done, found.master = 0.0, False, None
         return found
 
     def _first_box(self) -> Floats:
@@ -216,7 +216,7 @@ class Columns:
         """
         layer, sets, loads = self.layer, self.layer.sets, self.layer.loads
         self.work += STEP_S
-        solved = self._master()
+        solved = self._solve()
         if solved is None:
             self.done = True
             return
@@ -252,44 +252,23 @@ class Columns:
         met = inside and relaxed - self.best <= 2 * _SLACK[self.slack] * relaxed
         self.done = met or self.idle >= _PATIENCE or self.steps >= MAX_STEPS
 
-    def _master(self) -> tuple[float, Floats, Floats, bool] | None:
-        """The relaxation over the known sets: value, prices, and whether the box is not felt.
-
-        None where HiGHS has numerical trouble.
-        """
-        from scipy.optimize import linprog
-        from scipy.sparse import csr_matrix
-
-        layer = self.layer
-        num_sets, num_experts = len(self.cost), layer.sets.num_experts
-        numbers, experts = np.arange(num_sets), np.arange(num_experts)
-        ranks = np.arange(layer.kinds)
-        slack = np.concatenate([experts, experts, num_experts + ranks])
-        rows = np.concatenate([self.members.ravel(), num_experts + self.rank, slack])
-        columns = np.concatenate(
-            [np.repeat(numbers, self.size), numbers, num_sets + np.arange(slack.size)]
-        )
-        values = np.ones(rows.size)
-        values[-num_experts - layer.kinds : -layer.kinds] = -1.0
-        dear = float(layer.sets.weight.sum())  # of a rank without a set
-        matrix: Any = csr_matrix((values, (rows, columns)))
-        above, below = self.centre + self.box, self.box - self.centre
-        solved: Any = linprog(
-            np.concatenate([self.cost, above, below, np.full(ranks.size, dear)]),
-            A_eq=matrix,
-            b_eq=np.concatenate([np.ones(num_experts), np.full(ranks.size, float(layer.each))]),
-            method="highs",
-        )
-        if solved.status != 0:
+    def _solve(self) -> tuple[float, Floats, Floats, bool] | None:
+        """What `Master.solve` says of the known sets, prices on the grid."""
+        if self.master is None:
+            dear = float(self.layer.sets.weight.sum())
+            self.master = Master(self.centre.size, self.layer.kinds, self.layer.each, dear)
+        new = slice(self.master.num_sets, None)
+        self.master.add(self.members[new], self.rank[new], self.cost[new])
+        solved = self.master.solve(self.centre, self.box)
+        if solved is None:
             return None
-        prices = np.rint(solved.eqlin.marginals * _GRID) / _GRID
-        inside = bool(solved.x[num_sets:].sum() <= 1e-9)
-        return float(solved.fun), prices[:num_experts], prices[num_experts:], inside
+        relaxed, price, rank_price, inside = solved
+        return relaxed, np.rint(price * _GRID) / _GRID, np.rint(rank_price * _GRID) / _GRID, inside
 
     def _improved(self, price: Floats, rank_price: Floats) -> tuple[Integers, Integers]:
         """Sets of little reduced cost, by swaps from the best known ones."""
         reduced = self.cost - price[self.members].sum(axis=1) - rank_price[self.rank]
-        seeds = np.argsort(reduced, kind="stable")[:_SEEDS]
+        seeds = np.argsort(reduced, kind="stable")[: _SEEDS[self.size > _SMALL]]
         members, rank = self.members[seeds].copy(), self.rank[seeds]
         layer, sets, loads = self.layer, self.layer.sets, self.layer.loads
         for row, at in zip(members, rank, strict=True):

@@ -190,16 +190,17 @@ def cheapest_set(
             for z in range(left - 1):
                 top[z] = 0.0
             if left > 1:
+                row, last, worst = both[depth, i], left - 2, 0.0
                 for q in range(start, end):
-                    if q == p:
+                    value = row[candidates[depth, q]]
+                    if value <= worst or q == p:
                         continue
-                    value = both[depth, i, candidates[depth, q]]
-                    if value > top[left - 2]:
-                        z = left - 2
-                        while z > 0 and top[z - 1] < value:
-                            top[z] = top[z - 1]
-                            z -= 1
-                        top[z] = value
+                    z = last
+                    while z > 0 and top[z - 1] < value:
+                        top[z] = top[z - 1]
+                        z -= 1
+                    top[z] = value
+                    worst = top[last]
             total = 0.0
             for z in range(left - 1):
                 total += top[z]
@@ -244,9 +245,12 @@ def cheapest_set(
             away[depth + 1, i] = away[depth, i] - both[depth, expert, i]
             for rank in range(num_ranks):
                 homes[depth + 1, rank, i] = homes[depth, rank, i]
+            if left == 1:
+                continue
+            row, copied = both[depth, i], both[depth + 1, i]
             for q in range(m):
                 j = candidates[depth + 1, q]
-                both[depth + 1, i, j] = both[depth, i, j]
+                copied[j] = row[j]
         for q in range(first[expert], first[expert + 1]):
             token = users[q]
             covered[token] += 1
@@ -259,6 +263,8 @@ def cheapest_set(
                     break
                 if rank >= 0:
                     homes[depth + 1, rank, i] -= weight[token]
+                if left == 1:
+                    continue  # the last choice asks for no pairs
                 for b in range(a + 1, width):
                     j = experts[token, b]
                     if j < 0:

@@ -42,7 +42,7 @@ _CUTS = (
     4.0,
 )  # of imbalance above the least one, in units of what the cap allows
 _LEAST_WIDTH = 0.02  # of that unit
-_SEARCHES = 20  # of a layer, that an effort should suffice for
+_SEARCHES = 5  # of a layer, that an effort should suffice for
 _ROUNDS, _GAIN = 40, 2e-4  # rounds with less relative gain than that end the search
 _CHEAP, _COLUMNS = "transport problems", "column generation"
 
