@@ -58,6 +58,7 @@ class BoundDocument(BaseModel):
     lower_bound: FiniteFloat
     gap: FiniteFloat
     method: str
+    max_imbalance: FiniteFloat | None = None
 
 
 class CertificateDocument(BaseModel):
@@ -69,6 +70,7 @@ class CertificateDocument(BaseModel):
     gap: FiniteFloat | None
     status: str
     bound_of: str | None = None
+    max_imbalance: FiniteFloat | None = None
     bounds: list[BoundDocument] = Field(default_factory=list)
 
 

@@ -26,12 +26,20 @@ def certify(
         typer.Option("--figure", help="Only this one, e.g. cross_rank_fraction; repeatable."),
     ] = None,
     phase: options.Phase = None,
+    any_imbalance: Annotated[
+        bool,
+        typer.Option(
+            "--any-imbalance",
+            help="Bound span and messages of all plans, also of those that are less balanced.",
+        ),
+    ] = False,
     json_output: options.JsonOutput = False,
 ) -> None:
     """Prove lower bounds on a plan's figures, on all tokens of a trace.
 
     For any plan, whoever made it: nobody can find a plan for as many ranks and slots that is better
-    than the bound on these tokens. Ctrl-C ends the proofs early, with what is proven by then.
+    than the bound on these tokens; or, of span and messages, none that is as balanced. Ctrl-C ends
+    the proofs early, with what is proven by then.
 
     Example: placer certify plan.json trace --seconds 60
     """
@@ -51,6 +59,7 @@ def certify(
             seconds=seconds,
             figures=figure,
             phase=phase.value if phase else None,
+            as_balanced=not any_imbalance,
             progress=progress,
         )
     document = {"plan": str(plan_path), "trace": str(trace), **certificate.to_document()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from solvers import Budget, Problem, Result
     from solvers.bounds.bound import Bound
 
-DEFAULT_EFFORT = 3.0
+DEFAULT_EFFORT, TRAFFIC_EFFORT = 3.0, 8.0
 """Nominal seconds per proof where no time was given: the same bytes on every machine."""
+PROOF_SHARE = 0.2
+"""Of a time limit, that is kept for the proof."""
 OBJECTIVE_FIGURES = {"affinity": "cross_rank_fraction", "coactivation": "coactivation_cut"}
-"""Objectives that are certified unasked, and their figures."""
+"""Figures that are all of an objective."""
 
 FORMAT = "placer.certificate"
 SCHEMA_VERSION = 1
@@ -33,39 +35,56 @@ def bounds_of_result(
 ) -> list[Bound]:
     """Bounds on the figures of a result: all of them where time was given for it.
 
-    Without, only on what is to be minimised, and with an effort instead of a time. What stops
-    `budget`, the search's, stops the proofs.
+    Without, only on what is to be minimised, with an effort, and within the time limit if there is
+    one. What stops `budget`, the search's, stops the proofs.
     """
     from solvers.bounds.certifying import certify
 
-    own = OBJECTIVE_FIGURES.get(settings.objective)
-    if settings.certify_s is None and (own is None or result.status == "optimal"):
+    own = figure_of_objective(problem)
+    if settings.certify_s is not None:
+        progress("proving bounds")
+        return certify(problem, result.placement, budget.other(settings.certify_s))
+    if own is None or result.status == "optimal" or budget.interrupted:
         return []
     progress("proving bounds")
-    if settings.certify_s is None:
-        assert own is not None
-        return certify(problem, result.placement, budget.other(None, DEFAULT_EFFORT), [own])
-    return certify(problem, result.placement, budget.other(settings.certify_s))
+    effort = DEFAULT_EFFORT if own in OBJECTIVE_FIGURES.values() else TRAFFIC_EFFORT
+    left = None
+    if budget.seconds is not None:  # what compiling took was no time of the search's
+        left = max(budget.remaining(), PROOF_SHARE * budget.seconds)
+    return certify(problem, result.placement, budget.other(left, effort), [own])
+
+
+def figure_of_objective(problem: Problem) -> str | None:
+    """The figure to bound where nobody asked for more; None: the solver's own bound is enough.
+
+    Traffic is messages, and between several nodes "objective" itself.
+    """
+    if problem.objective != "traffic" or problem.dispatch == "allgather":
+        return OBJECTIVE_FIGURES.get(problem.objective)
+    if problem.tokens is None or problem.link_cost is not None or problem.num_workloads > 1:
+        return None
+    between_nodes = problem.num_nodes > 1 and problem.node_weight > 0
+    return "objective" if between_nodes else f"messages_{problem.dispatch}"
 
 
 def with_bounds(
-    certificate: Mapping[str, Any], bounds: Sequence[Bound], objective: str
+    certificate: Mapping[str, Any], bounds: Sequence[Bound], problem: Problem
 ) -> dict[str, Any]:
     """A plan's certificate with proven bounds; one on the objective itself takes the first place.
 
     Args:
         certificate: from the solver.
         bounds: from `bounds_of_result`.
-        objective: what was minimised.
+        problem: what was solved.
     """
     found = dict(certificate)
     if not bounds:
         return found
     found["bounds"] = [bound.to_document() for bound in bounds]
-    own = {"balance": "imbalance"} | OBJECTIVE_FIGURES
+    own = "imbalance" if problem.objective == "balance" else figure_of_objective(problem)
     for bound in bounds:
         known = found["lower_bound"]
-        if bound.figure != own.get(objective) or abs(bound.value - found["value"]) > 1e-9:
+        if bound.figure != own or abs(bound.value - found["value"]) > 1e-9:
             continue
         if known is None or bound.lower_bound > known or found["bound_of"] != bound.figure:
             found |= {
@@ -73,6 +92,8 @@ def with_bounds(
                 "lower_bound": bound.lower_bound,
                 "gap": bound.gap,
             }
+            if bound.max_imbalance is not None:
+                found["max_imbalance"] = bound.max_imbalance
             if bound.gap <= 1e-9 and found["status"] == "feasible":
                 found["status"] = "optimal"
     return found
@@ -117,6 +138,7 @@ def certify_plan(
     seconds: float,
     figures: Sequence[str] | None = None,
     phase: str | None = None,
+    as_balanced: bool = True,
     progress: Progress = lambda _: None,
 ) -> Certificate:
     """Bound a plan's figures on all tokens of a trace, whoever made the plan.
@@ -127,12 +149,13 @@ def certify_plan(
         seconds: for the proofs, all together.
         figures: which; None = all that anything can be proven about.
         phase: only its tokens.
+        as_balanced: bound span and messages of plans that are no less balanced than this one.
         progress: told what is being done.
 
     Raises:
         UsageError: another model's trace, or a figure that nothing is known about.
     """
-    from solvers import Budget
+    from solvers import Budget, capped_imbalance, check
     from solvers.bounds.certifying import certify, known_figures
 
     unknown = sorted(set(figures or ()) - set(known_figures()))
@@ -158,6 +181,9 @@ def certify_plan(
         balance_over="trace",
     )
     problem = build_problem(part, settings, progress)
+    if as_balanced:
+        own = capped_imbalance(check.check(problem, placement.physical_to_logical))
+        problem = replace(problem, max_imbalance=own)
     progress("proving bounds")
     bounds = certify(problem, placement.physical_to_logical, Budget(seconds), figures)
     return Certificate(

@@ -14,7 +14,12 @@ from placer.errors import InfeasibleError, PlacerError, TimeLimitError, UsageErr
 from placer.evaluation import evaluate
 from placer.placement import Placement, contiguous_like
 from placer.plan import Plan
-from placer.planning.certifying import bounds_of_result, with_bounds
+from placer.planning.certifying import (
+    PROOF_SHARE,
+    bounds_of_result,
+    figure_of_objective,
+    with_bounds,
+)
 from placer.planning.parts import Parts, split_sources
 from placer.planning.posing import build_problem
 from placer.planning.scenarios import workloads_of
@@ -126,8 +131,10 @@ def make_plan(
     problem = build_problem(parts.fit, settings, progress)
     progress(f"solving with {settings.solver} (the first run compiles it)")
     budget = solvers.Budget(settings.time_limit_s)
+    proves = settings.certify_s is None and figure_of_objective(problem) is not None
     with solvers.ctrl_c_stops(budget):
-        result = run_solver(problem, settings, budget)
+        share = 1 - PROOF_SHARE if proves else 1.0
+        result = run_solver(problem, settings, budget.part(share))
         refuse_broken_cap(result, settings)
         bounds = bounds_of_result(problem, result, settings, budget, progress)
         progress(f"replaying the {parts.scope} tokens")
@@ -195,7 +202,7 @@ def plan_of_result(
         certificate=with_bounds(
             certificate_of(result, settings.objective),
             bounds,
-            settings.objective,
+            problem,
         ),
         provenance={
             "inputs": parts.inputs,

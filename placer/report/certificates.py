@@ -43,9 +43,15 @@ def bounds_table(bounds: Sequence[Mapping[str, Any]]) -> Table:
             number(bound["value"], 4),
             number(bound["lower_bound"], 4),
             gap_percent(bound["gap"]),
-            bound["method"],
+            bound["method"] + among(bound),
         )
     return table
+
+
+def among(bound: Mapping[str, Any]) -> str:
+    """Which plans the bound is about, if not all."""
+    cap = bound.get("max_imbalance")
+    return "" if cap is None else f", imbalance at most {number(cap)}"
 
 
 def gap_percent(gap: float) -> str:

@@ -144,8 +144,10 @@ def certificate_line(certificate: Mapping[str, Any]) -> str:
         return text + "; no bound is proven"
     of = certificate.get("bound_of") or "objective"
     figure = "" if of == "objective" else f" of {of}"
+    cap = certificate.get("max_imbalance")
+    among = "" if cap is None else f" among plans of imbalance {number(cap)} or less"
     gap = "" if certificate["gap"] is None else f", gap {certificate['gap']:.1%}"
-    return text + f"; proven lower bound{figure} {number(bound, 4)}{gap}"
+    return text + f"; proven lower bound{figure} {number(bound, 4)}{gap}{among}"
 
 
 def gap_text(row: Mapping[str, Any]) -> str:

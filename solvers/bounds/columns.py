@@ -29,6 +29,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -79,7 +80,8 @@ class RankLoads:
     def busiest(self, members: Integers) -> Floats:
         """[M] imbalance that a rank alone makes if it holds one of the sets [M, s]."""
         load = self.share[:, members].sum(axis=2)
-        return np.maximum(load, self.floor[:, None]).sum(axis=0)
+        busiest: Floats = np.maximum(load, self.floor[:, None]).sum(axis=0)
+        return busiest
 
 
 class LayerTokens:

@@ -1,10 +1,11 @@
 """A layer's least traffic at each level of imbalance, bounded from below: what a cap costs.
 
-Problem: a cap limits the mean over layers of imbalance, so layers trade with each other. Let f(t) be
-the least traffic of a layer among the placements of which no rank makes more imbalance than t. It
-falls with t. Cut the levels from the least possible imbalance upwards into intervals. A placement
-whose imbalance is between t and t' has at least the traffic f(t'), which column generation over sets
-that make at most t' bounds (`solvers.bounds.columns`). So for any price p >= 0 of imbalance,
+Problem: a cap limits the mean over layers of imbalance, so layers trade with each other. Let f(t)
+be the least traffic of a layer among the placements of which no rank makes more imbalance than t.
+It falls with t. Cut the levels from the least possible imbalance upwards into intervals. A
+placement whose imbalance is between t and t' has at least the traffic f(t'), which column
+generation over sets that make at most t' bounds (`solvers.bounds.columns`). So for any price
+p >= 0 of imbalance,
 
     sum over layers of min over intervals (t, t') of (f(t') + p t)  -  p x cap x layers
 
@@ -41,7 +42,7 @@ _DOUBLINGS, _BISECTIONS = 60, 60
 
 @dataclass(eq=False)
 class Interval:
-    """Imbalance from `low` to `high`, and the columns for the latter; None before the first step."""
+    """Imbalance from `low` to `high`, and columns for the latter; None before the first step."""
 
     low: float
     high: float

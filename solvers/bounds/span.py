@@ -13,17 +13,19 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from solvers import check
 from solvers.bounds.bound import Bound
 from solvers.bounds.certifying import prover
 from solvers.bounds.columns import MAX_WORK, PAIR_S, Columns, LayerTokens, RankLoads
 from solvers.bounds.levels import Levels, priced
 from solvers.bounds.load import rank_load_bound
 from solvers.bounds.token_sets import TokenSets
-from solvers.bounds.traffic import layer_bounds
+from solvers.bounds.traffic import layer_bounds, traffic_bound
 from solvers.bounds.transport import ROUNDING
 from solvers.budget import Budget
 from solvers.layers import anneal, prepare
@@ -83,6 +85,23 @@ def coherent_cheaply(problem: Problem, parts: dict[str, float], budget: Budget) 
 def coherent_by_columns(problem: Problem, parts: dict[str, float], budget: Budget) -> Bound | None:
     """Column generation for the span."""
     return _prove("messages_coherent", problem, parts, budget)
+
+
+@prover("objective")
+def traffic_by_columns(problem: Problem, parts: dict[str, float], budget: Budget) -> Bound | None:
+    """Messages by columns, and messages between nodes by the pairs that these have room for."""
+    figure = f"messages_{problem.dispatch}"
+    if problem.objective != "traffic" or problem.link_cost is not None or figure not in parts:
+        return None
+    if problem.num_nodes == 1 or problem.num_workloads > 1:
+        return None
+    messages = _prove(figure, problem, parts, budget)
+    both, alone = traffic_bound(problem), traffic_bound(replace(problem, node_weight=0.0))
+    if messages is None or both is None or alone is None:
+        return None
+    lower = (messages.lower_bound + both - alone) * (1 - ROUNDING)
+    value = check.objective(problem, parts)
+    return replace(messages, figure="objective", value=value, lower_bound=lower)
 
 
 def _prove(
