@@ -16,8 +16,8 @@ from placer.errors import UsageError
 from placer.runtime.calibrate_fit import (
     Fitted,
     curve_points,
-    fit_links,
     fit_roofline,
+    fit_scope,
     fixed_cost,
     speed_of,
     work_of_layers,
@@ -165,6 +165,8 @@ def program_for(
         patterns += ["next", "one"]
     if num_nodes > 1:
         patterns += ["across"]
+    if num_ranks > num_nodes > 1:
+        patterns += ["first"]
     slots = -(-num_experts // num_ranks)
     return Program(
         folder=folder,
@@ -213,10 +215,10 @@ def assembled(
         inter_node_latency_us=float(measured.exchange_us.min()) / 2,
         memory_bytes=_memory_bytes(),
     )
-    links = fit_links(
+    scope, links = fit_scope(
         cluster, program.exchanges, measured.exchange_us, measured.state_bytes, context
     )
-    cluster = replace(cluster, **_rounded(links.figures))
+    cluster = replace(cluster, inter_node_scope=scope, **_rounded(links.figures))
     roofline = None
     if program.layers:
         speed = speed_of(program.computations, measured.compute_us, context.ranks_per_node)
@@ -226,6 +228,7 @@ def assembled(
             cluster,
             program.layers,
             measured.layer_us,
+            measured.layer_compute_us,
             slots * context.num_ranks,
             program.top_k,
             measured.state_bytes,
@@ -251,10 +254,11 @@ def assembled(
         )
     states = f"{measured.state_bytes:,}-byte states"
     what = states if program.folder is None else f"experts and {states} of {program.folder.name}"
+    elsewhere = "" if num_nodes > 1 else "; between nodes nothing was measured: as inside the node"
     source = (
         f"measured: placer calibrate, {measured.backend}, {context.num_ranks} ranks on "
         f"{num_nodes} node(s), {os.cpu_count()} cores here; {what}; latencies are those of "
-        f"collectives among {context.num_ranks} ranks"
+        f"collectives among {context.num_ranks} ranks{elsewhere}"
     )
     return Calibration(replace(cluster, source=source), links, roofline, measured, program)
 

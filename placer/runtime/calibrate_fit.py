@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from placer.cluster import Cluster
+from placer.cluster import Cluster, NetworkScope
 from placer.cost.compute import compute_time
 from placer.cost.links import Links
 from placer.runtime.calibrate_probes import (
@@ -28,6 +28,7 @@ from placer.trace.model import ModelDims
 
 Floats = NDArray[np.float64]
 _LEAST_WORK = 0.01  # of a layer's time, where disturbed transfers explain all of it
+_CLEAR = 0.5  # most of a layer's time that transfers take where the rest of it can be told
 _CONTENDED = 0.75  # above, ranks have cores of their own and merely contend for memory
 
 
@@ -108,6 +109,30 @@ def fit_links(
     return _fitted(predicted, begin, exchange_us)
 
 
+def fit_scope(
+    cluster: Cluster,
+    exchanges: Sequence[Exchange],
+    exchange_us: Floats,
+    state_bytes: int,
+    context: RankContext,
+) -> tuple[NetworkScope, Fitted]:
+    """Whether ranks have network links of their own or share their node's, and `fit_links`.
+
+    Told by which of the two explains better what one rank alone can send across.
+    """
+    scopes: tuple[NetworkScope, ...] = ("rank",)
+    if cluster.num_nodes > 1 and cluster.ranks_per_node > 1:
+        scopes = ("rank", "node")
+    fits = {
+        scope: fit_links(
+            replace(cluster, inter_node_scope=scope), exchanges, exchange_us, state_bytes, context
+        )
+        for scope in scopes
+    }
+    best = min(scopes, key=lambda scope: float(fits[scope].errors.mean()))
+    return best, fits[best]
+
+
 def speed_of(
     computations: Sequence[Computation], compute_us: Floats, ranks_per_node: int
 ) -> float | None:
@@ -132,16 +157,21 @@ def work_of_layers(
     cluster: Cluster,
     layers: Sequence[Layer],
     layer_us: Floats,
+    compute_us: Floats,
     num_experts: int,
     top_k: int,
     state_bytes: int,
 ) -> tuple[NDArray[np.int64], Floats]:
     """Pairs of each expert, and work of each rank: what transfers do not explain of a layer.
 
+    Where transfers take most of it, as over a slow network, what remains would be their errors:
+    there it is what ranks took for their experts by their own clocks.
+
     Args:
         cluster: with fitted links.
         layers: [P].
         layer_us: [P] dispatch + compute + combine.
+        compute_us: [P] compute alone, mean over ranks.
         num_experts: E, as many on every rank.
         top_k: experts of a token.
         state_bytes: of a hidden state.
@@ -161,7 +191,9 @@ def work_of_layers(
         transfers = 2 * (wire + links.latency_us(in_turn=False))
         speed = cluster.ranks_at_full_speed
         share = 1.0 if speed is None else min(1.0, speed / cluster.ranks_per_node)
-        work[i] = max(_LEAST_WORK * layer_us[i], layer_us[i] - transfers) * share
+        is_clear = transfers <= _CLEAR * layer_us[i]
+        own = layer_us[i] - transfers if is_clear else compute_us[i]
+        work[i] = max(_LEAST_WORK * layer_us[i] if is_clear else 0.0, own) * share
         pairs[i] = ranks.size // num_experts
     return pairs, work
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from placer.placement import Placement, contiguous
 from placer.runtime.bank import Bank
 from placer.runtime.context import RankContext
-from placer.runtime.counters import Counters
+from placer.runtime.counters import PARTS, Counters
 from placer.runtime.dispatch.alltoall import alltoall
 from placer.runtime.dispatch.common import Group
 from placer.runtime.layout import ModelLayout, read_layout
@@ -32,7 +32,7 @@ from placer.runtime.rank import device_of
 from placer.runtime.rows import Tokens
 from placer.runtime.transport import Transport
 
-Pattern = Literal["stay", "next", "across", "one", "all"]
+Pattern = Literal["stay", "next", "across", "first", "one", "all"]
 _ROUNDS = 4  # layers in a row: what follows a barrier is out of step for a while
 _MOST_BYTES = 2**30  # of the experts' weights that a rank holds
 _PAIR_BYTES = (1, 2**18, 2**20)
@@ -43,9 +43,10 @@ class Exchange:
     """One dispatch and combine; every token has one expert.
 
     Attributes:
-        pattern: `stay` on its rank, `next` rank of the node, `across` to the next node, `one`: only
-            rank 0 sends, `all`: spread over all ranks.
-        tokens: of each rank (`one`: of rank 0).
+        pattern: `stay` on its rank, `next` rank of the node, `across` to the next node, `first`:
+            likewise, but only the first rank of each node sends, `one`: only rank 0 sends, `all`:
+            spread over all ranks.
+        tokens: of each rank that sends.
     """
 
     pattern: Pattern
@@ -111,6 +112,7 @@ class Measured:
         exchange_us: [X] dispatch + combine, mean over ranks.
         compute_us: [C] of the slowest node.
         layer_us: [layers] dispatch + compute + combine, mean over ranks.
+        layer_compute_us: [layers] their compute alone, mean over ranks.
         pair_us: [sizes, G, G] from rank to rank, one way; None when not asked.
         pair_bytes: of the sizes.
         state_bytes: of a hidden state.
@@ -121,6 +123,7 @@ class Measured:
     exchange_us: NDArray[np.float64]
     compute_us: NDArray[np.float64]
     layer_us: NDArray[np.float64]
+    layer_compute_us: NDArray[np.float64]
     pair_us: NDArray[np.float64] | None
     pair_bytes: tuple[int, ...]
     state_bytes: int
@@ -163,6 +166,7 @@ def measure(context: RankContext, program: Program) -> Measured:
         exchange_us=exchange_us,
         compute_us=compute_us,
         layer_us=layer_us,
+        layer_compute_us=np.median(times[:, :, len(exchanges) : num_whole, 1].mean(axis=0), axis=0),
         pair_us=pairs,
         pair_bytes=_PAIR_BYTES,
         state_bytes=lab.state_bytes,
@@ -196,7 +200,8 @@ class _Idle:
 class _Laboratory:
     """Builds probes: functions that run once and give two numbers, in seconds per layer.
 
-    Of an exchange or layer, how long it took, twice; of a computation, when it began and ended.
+    Of an exchange or layer, how long it took, and its computation; of a computation, when it began
+    and ended.
     """
 
     def __init__(
@@ -242,8 +247,8 @@ class _Laboratory:
                     self._layers.banks = [bank]
                     alltoall(self._layers, 0, tokens)
             rounds = -(-_ROUNDS // len(self._banks)) * len(self._banks)
-            seconds = float(self._counters.seconds.sum()) / rounds
-            return seconds, seconds
+            seconds = self._counters.seconds.sum(axis=(0, 1)) / rounds
+            return float(seconds.sum()), float(seconds[PARTS.index("compute")])
 
         return run
 
@@ -262,8 +267,8 @@ class _Laboratory:
             dist.barrier()
             for _ in range(_ROUNDS):
                 alltoall(self._group, 0, tokens)
-            seconds = float(self._counters.seconds.sum()) / _ROUNDS
-            return seconds, seconds
+            seconds = self._counters.seconds.sum(axis=(0, 1)) / _ROUNDS
+            return float(seconds.sum()), float(seconds[PARTS.index("compute")])
 
         return run
 
@@ -371,11 +376,12 @@ def targets_of(probe: Exchange, context: RankContext) -> list[NDArray[np.int64]]
     every: list[NDArray[np.int64]] = []
     for rank in range(num_ranks):
         node = rank // per_node * per_node
-        count = probe.tokens if probe.pattern != "one" or rank == 0 else 0
+        sends = {"one": rank == 0, "first": rank == node}.get(probe.pattern, True)
+        count = probe.tokens if sends else 0
         token = np.arange(count)
         if probe.pattern == "stay":
             targets = np.full(count, rank)
-        elif probe.pattern == "across":
+        elif probe.pattern in ("across", "first"):
             targets = np.full(count, (rank + per_node) % num_ranks)
         elif probe.pattern == "all":
             targets = (rank + token) % num_ranks

@@ -12,7 +12,7 @@ from placer.cost.compute import curve_increments
 from placer.cost.links import Links
 from placer.errors import UsageError
 from placer.runtime.calibrate import assembled, calibrate, program_for
-from placer.runtime.calibrate_fit import states_of
+from placer.runtime.calibrate_fit import states_of, work_of_layers
 from placer.runtime.calibrate_probes import (
     Exchange,
     Layer,
@@ -63,7 +63,7 @@ def exact_times(program):
     def exchange(states):
         return 2 * (links.transfer(states, None, state_bytes).wire_us[:, 0] + latency)
 
-    layers = []
+    layers, own = [], []
     for layer in program.layers:
         ranks = routing_of(layer, 32, 4, 4) // 8
         states = np.zeros((1, 1, 4, 2, 4), np.int32)
@@ -76,7 +76,8 @@ def exact_times(program):
                     states[0, 0, 0, 1, rank] += 1
         pairs = layer.tokens * 4 * 4 // 32
         work = FIXED_US + 8 * EXPERT_US[pairs]
-        layers.append(exchange(states)[0] + work * 4 / TRUE.ranks_at_full_speed)
+        own.append(work * 4 / TRUE.ranks_at_full_speed)
+        layers.append(exchange(states)[0] + own[-1])
     computations = [
         (FIXED_US + probe.experts * EXPERT_US[probe.pairs])
         * (1 if probe.alone else 4 / TRUE.ranks_at_full_speed)
@@ -84,8 +85,8 @@ def exact_times(program):
     ]
     states = states_of(program.exchanges, context_of(4, 4))
     return Measured(
-        exchange(states), np.array(computations), np.array(layers), None, (), state_bytes, 0.0,
-        "gloo",
+        exchange(states), np.array(computations), np.array(layers), np.array(own), None,
+        (), state_bytes, 0.0, "gloo",
     )  # fmt: skip
 
 
@@ -105,16 +106,43 @@ def test_the_fit_finds_the_parameters_that_made_the_times():
     assert 0 < found.summary()["roofline_error_median"] < 0.2  # the true times are no roofline
 
 
+@pytest.mark.parametrize("scope", ["rank", "node"])
+def test_it_is_told_whether_the_ranks_of_a_node_share_its_network_link(scope):
+    network = 0.004 if scope == "node" else 0.002
+    true = replace(TRUE, num_nodes=2, ranks_per_node=2, inter_node_gbps=network,
+                   inter_node_latency_us=800.0, inter_node_scope=scope)  # fmt: skip
+    program = replace(a_program(2), layers=(), computations=())
+    links, context = Links(true), context_of(4, 2)
+    wire = links.transfer(states_of(program.exchanges, context), None, 4096 * 4).wire_us[:, 0]
+    none = np.zeros(0)
+    times = Measured(2 * (wire + links.latency_us(in_turn=False)), none, none, none, None, (),
+                     4096 * 4, 0.0, "gloo")  # fmt: skip
+    found = assembled(program, times, DIMS, context, "found").cluster
+    assert found.inter_node_scope == scope
+    assert found.inter_node_gbps == pytest.approx(network, rel=0.02)
+    assert "between nodes" not in found.source
+
+
+def test_over_a_slow_network_experts_are_timed_by_the_ranks_own_clocks():
+    """1 % of error in a transfer of 100 ms is more than all experts of a layer take."""
+    cluster = replace(TRUE, num_nodes=2, ranks_per_node=2, inter_node_gbps=0.002,
+                      inter_node_scope="node", ranks_at_full_speed=None)  # fmt: skip
+    layers, own = a_program(2).layers, np.full(len(a_program(2).layers), 250.0)
+    _, work = work_of_layers(cluster, layers, np.full(len(layers), 1e5), own, 32, 4, 4096 * 4)
+    assert work[-1] == 250.0
+
+
 def test_patterns_of_exchanges_move_what_they_say():
     context = context_of(4, 2)
     by_pattern = {
         name: states_of([Exchange(name, 6)], context)[0, 0]
-        for name in ("stay", "next", "across", "one", "all")
+        for name in ("stay", "next", "across", "first", "one", "all")
     }
     assert by_pattern["stay"][3, 0].tolist() == [6] * 4
     assert by_pattern["stay"][:3].sum() == 0
     assert by_pattern["next"][0, 0].tolist() == by_pattern["next"][0, 1].tolist() == [6] * 4
     assert by_pattern["across"][1, 0].tolist() == by_pattern["across"][1, 1].tolist() == [6] * 4
+    assert by_pattern["first"][1].tolist() == [[6, 0, 6, 0], [6, 0, 6, 0]]
     assert by_pattern["one"][0].tolist() == [[6, 0, 0, 0], [0, 6, 0, 0]]
     assert by_pattern["all"][:, 0].sum() == 24
     assert [t.size for t in targets_of(Exchange("one", 6), context)] == [6, 0, 0, 0]
@@ -167,6 +195,7 @@ def test_two_real_ranks_give_a_cluster_file_that_says_how_well_it_fits(tmp_path)
     assert min(cluster.curve_us) > 0
     assert cluster.pair_gbps[0][1] > 0 < cluster.pair_gbps[1][0]
     assert cluster.source.startswith("measured: placer calibrate, gloo, 2 ranks on 1 node(s)")
+    assert "between nodes nothing was measured" in cluster.source
     path = tmp_path / "here.toml"
     summary = found.summary()
     write_cluster(path, cluster, fit=summary)
