@@ -5,11 +5,12 @@ between sweeps the rank labels of each layer are matched to those of its neighbo
 problem, which swaps cannot do. The prices of imbalance and of moves are searched for by bisection,
 those of workloads by multiplicative weights (Arora, Hazan and Kale, Theory of Computing 8, 2012).
 Every other anneal starts from the placement that keeps most primary flow (`solvers.chain`).
+Redundant slots are filled after that, see `solvers.coherent_replicas`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from solvers.budget import Budget
 from solvers.layers import Floats, Layers, Prices, Slots, Words, anneal, cover, cover_levels
+from solvers.pacing import Pace
 from solvers.parallel import available_cores
 from solvers.problem import Problem
 from solvers.selection import Caps
@@ -30,6 +32,7 @@ FIRST_PRICE = 2.0
 FIRST_MOVE_PRICE = 0.3  # in shares of the tokens of a mean expert
 CHAIN_SHARE = 0.2
 REWEIGHT = 8.0  # how strongly workloads that fare worse gain weight
+PLAIN_SHARE = 0.35  # of a time limit, where redundant slots are to be filled after it
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +43,7 @@ class Visited:
         cost: what the objective makes of it, workloads by `robust`.
         imbalance: likewise.
         traffic: [workloads] messages per token and layer.
+        loads: [workloads] max / mean rank load, averaged over layers and scenarios.
         moves: over all layers.
         placement: [L] slots.
     """
@@ -47,6 +51,7 @@ class Visited:
     cost: float
     imbalance: float
     traffic: Floats
+    loads: Floats
     moves: int
     placement: list[Slots]
 
@@ -71,6 +76,53 @@ class Bisection:
             self.price = (self.low * self.high) ** 0.5
         else:
             self.price = self.high / 3
+
+
+@dataclass(eq=False)
+class Steering:
+    """The prices of the next anneal, by what the ones before it ended with.
+
+    Attributes:
+        caps: what is to be kept; without a cap on imbalance its price stays at the floor.
+        load, move: the least price at which each is kept.
+        weight: [workloads] of their messages, sum 1; even where `robust` asks for the mean.
+    """
+
+    problem: Problem
+    caps: Caps
+    load: Bisection
+    move: Bisection
+    weight: Floats
+
+    @classmethod
+    def of(cls, layers: Layers, caps: Caps) -> Steering:
+        """Steering that has been told nothing yet."""
+        count = layers.problem.num_workloads
+        return cls(
+            layers.problem,
+            caps,
+            Bisection(max(FIRST_PRICE, 3 * caps.floor), caps.floor),
+            Bisection(FIRST_MOVE_PRICE * layers.token_share),
+            np.full(count, 1 / count),
+        )
+
+    def prices(self, load: float | None = None) -> Prices:
+        """With the price `load` of imbalance, or that at which its cap may be kept."""
+        price = self.caps.floor if self.caps.imbalance is None else self.load.price
+        price = price if load is None else load
+        move = 0.0 if self.caps.moves is None else self.move.price
+        return Prices(tuple(self.weight.tolist()), tuple((price * self.weight).tolist()), move)
+
+    def tell(self, found: Visited) -> None:
+        """What an anneal under `prices` ended with."""
+        if self.caps.imbalance is not None:
+            self.load.tell(found.imbalance <= self.caps.imbalance)
+        if self.caps.moves is not None:
+            self.move.tell(found.moves <= self.caps.moves)
+        if self.problem.robust != "mean":
+            worse = found.traffic / max(found.traffic.mean(), 1e-300) - 1
+            weight = self.weight * np.exp(REWEIGHT * worse)
+            self.weight = weight / weight.sum()
 
 
 @dataclass(eq=False)
@@ -116,16 +168,18 @@ class Search:
     ) -> Visited:
         """One anneal from `placement`, as far as the budget allows."""
         problem, layers = self.problem, self.layers
-        steps = max(1, layers.proposals // SWEEPS)
+        pace = Pace(self.budget, 2 * SWEEPS, max(1, layers.proposals // SWEEPS))
         ratio = (COLD * FIRST_HEAT / hot) ** (1 / SWEEPS)
         for sweep in range(SWEEPS):
             if self.budget.expired():
                 break
             for parity in (0, 1):
+                steps = pace.steps()
 
                 def job(
-                    layer: int, now: list[Slots] = placement, hot: float = hot, sweep: int = sweep
-                ) -> Slots:
+                    layer: int, now: list[Slots] = placement, hot: float = hot, sweep: int = sweep,
+                    steps: int = steps,
+                ) -> Slots:  # fmt: skip
                     return anneal(
                         layers, layer, now[layer], self.width(layer), prices, proposals=steps,
                         seed=(self.seed, layer, number, sweep), hot=hot, cold=hot * ratio,
@@ -163,60 +217,60 @@ class Search:
             float(problem.aggregate(traffic + self.caps.floor * imbalance)),
             float(problem.aggregate(imbalance)),
             traffic,
+            imbalance,
             sum(layers.moves(i, s) for i, s in enumerate(placement)),
             placement,
         )
 
-    def keeps(self, found: Visited) -> bool:
-        caps = self.caps
-        balanced = caps.imbalance is None or found.imbalance <= caps.imbalance
-        return balanced and (caps.moves is None or found.moves <= caps.moves)
-
     def best(self) -> list[Slots]:
-        kept = [found for found in self.visited if self.keeps(found)]
-        if kept:
-            return min(kept, key=lambda found: found.cost).placement
-        few = [v for v in self.visited if self.caps.moves is None or v.moves <= self.caps.moves]
-        return min(few or self.visited, key=lambda found: found.imbalance).placement
+        return best_of(self.visited, self.caps).placement
+
+
+def keeps(found: Visited, caps: Caps) -> bool:
+    """Whether a placement keeps the caps."""
+    balanced = caps.imbalance is None or found.imbalance <= caps.imbalance
+    return balanced and (caps.moves is None or found.moves <= caps.moves)
+
+
+def best_of(visited: Sequence[Visited], caps: Caps) -> Visited:
+    """The least cost under the caps; if none keeps them, the least imbalance within the moves."""
+    kept = [found for found in visited if keeps(found, caps)]
+    if kept:
+        return min(kept, key=lambda found: found.cost)
+    few = [found for found in visited if caps.moves is None or found.moves <= caps.moves]
+    return min(few or visited, key=lambda found: found.imbalance)
 
 
 def search_coherent(layers: Layers, seed: int, budget: Budget, caps: Caps) -> list[Slots]:
     """The best placement under the caps that a few anneals find, see the module's docstring."""
+    from solvers.coherent_replicas import Filling
+
     problem = layers.problem
+    spare = problem.num_slots > problem.num_experts
+    plain_budget = budget.part(PLAIN_SHARE) if spare else budget
     with ThreadPoolExecutor(available_cores()) as executor:
-        search = Search(layers, seed, budget, caps, executor)
+        search = Search(layers, seed, plain_budget, caps, executor)
         starts = search.starts()
         if problem.current is not None:
             search.visited.append(search.judged(starts))
         warm_start = chained(search)
-        floor = caps.floor
-        load = Bisection(max(FIRST_PRICE, 3 * floor), floor)
-        move = Bisection(FIRST_MOVE_PRICE * layers.token_share)
-        weight = np.full(problem.num_workloads, 1 / problem.num_workloads)
-        number = 0
-        while number < ROUNDS or (budget.seconds is not None and not budget.expired()):
-            price = floor if caps.imbalance is None else load.price
-            prices = Prices(
-                tuple(weight.tolist()),
-                tuple((price * weight).tolist()),
-                0.0 if caps.moves is None else move.price,
-            )
+        steering = Steering.of(layers, caps)
+        for number in rounds(plain_budget, ROUNDS):
             warm = warm_start if number % 2 == 1 else None
-            found = search.run(
-                prices, number, warm or starts, FIRST_HEAT / 4 if warm else FIRST_HEAT
-            )  # fmt: skip
-            if caps.imbalance is not None:
-                load.tell(found.imbalance <= caps.imbalance)
-            if caps.moves is not None:
-                move.tell(found.moves <= caps.moves)
-            if problem.robust != "mean":
-                worse = found.traffic / max(found.traffic.mean(), 1e-300) - 1
-                weight = weight * np.exp(REWEIGHT * worse)
-                weight /= weight.sum()
-            number += 1
-            if budget.expired() or number >= 4 * ROUNDS:
-                break
-        return search.best()
+            heat = FIRST_HEAT / 4 if warm else FIRST_HEAT
+            steering.tell(search.run(steering.prices(), number, warm or starts, heat))
+        if not spare:
+            return search.best()
+        return Filling(search, budget).fill()
+
+
+def rounds(budget: Budget, usual: int) -> Iterator[int]:
+    """0, 1, .. as long as the budget has time; without a limit the usual number of rounds."""
+    yield 0
+    for number in range(1, 4 * usual if budget.seconds is not None else usual):
+        if budget.expired():
+            return
+        yield number
 
 
 def match_labels(layers: Layers, placement: list[Slots]) -> list[Slots]:

@@ -9,14 +9,17 @@ price of moves that is searched for. Cost: about four solves with one cap. Sourc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from solvers import bounds, coherent, local_search
 from solvers.budget import Budget
-from solvers.layers import Layers, Slots, prepare
+from solvers.coherent_replicas import Filling
+from solvers.layers import Layers, Prices, Slots, prepare
 from solvers.pacing import paced
 from solvers.parallel import available_cores, stopping
 from solvers.problem import Problem
@@ -84,30 +87,42 @@ def _separable(layers: Layers, seed: int, budget: Budget) -> list[list[Slots]]:
 
 def _coherent(layers: Layers, seed: int, budget: Budget) -> list[list[Slots]]:
     problem = layers.problem
-    tries = 1 if problem.max_moves is None else MOVE_TRIES
+    limits = Caps(moves=problem.max_moves, slots=problem.slot_budget)
+    spare = problem.num_slots > problem.num_experts
+    tries = 1 if limits.moves is None else MOVE_TRIES
     anneals = 2 * len(COHERENT_PRICES) * tries
     layers = paced(layers, seed, budget, anneals, anneals)
+    steering = coherent.Steering.of(layers, limits)
+
+    def steered(anneal: Callable[[Prices], coherent.Visited], price: float, own: Budget) -> None:
+        """Anneal at a price of imbalance, and at several of moves where they are limited."""
+        steering.move = coherent.Bisection(steering.move.price)
+        for _ in range(tries):
+            if not own.expired():
+                steering.tell(anneal(steering.prices(price)))
+
     with ThreadPoolExecutor(available_cores()) as executor:
-        limits = Caps(moves=problem.max_moves, slots=problem.slot_budget)
-        search = coherent.Search(layers, seed, budget, limits, executor)
-        search.visited.append(search.judged(search.starts()))
+        plain_budget = budget.part(coherent.PLAIN_SHARE) if spare else budget
+        search = coherent.Search(layers, seed, plain_budget, limits, executor)
+        starts = search.starts()
+        search.visited.append(search.judged(starts))
         chained = coherent.chained(search)
-        dear = coherent.FIRST_MOVE_PRICE * layers.token_share
+        visited = search.visited
         for number, price in enumerate(COHERENT_PRICES):
-            for start in (search.starts(), chained):
-                if start is None:
-                    continue
-                heat = coherent.FIRST_HEAT / (4 if start is chained else 1)
-                move = coherent.Bisection(dear)
-                for _ in range(tries):
-                    if budget.expired():
-                        break
-                    dear = 0.0 if limits.moves is None else move.price
-                    prices = layers.uniform_prices(price, dear)
-                    found = search.run(prices, number, start, heat)
-                    move.tell(search.keeps(found))
-    kept = [found for found in search.visited if search.keeps(found)]
-    return [found.placement for found in kept or search.visited[:1]]
+            for start in (starts, chained):
+                if start is not None:
+                    heat = coherent.FIRST_HEAT / (4 if start is chained else 1)
+                    run = partial(search.run, number=number, placement=start, hot=heat)
+                    steered(run, price, plain_budget)
+        if spare:
+            filling = Filling(search, budget)
+            filling.begin()
+            visited = filling.visited
+            for number, price in enumerate(COHERENT_PRICES):
+                run = partial(filling.improved, number=number, first=number == 0)
+                steered(run, price, budget)
+    kept = [found for found in visited if coherent.keeps(found, limits)]
+    return [found.placement for found in kept or visited[:1]]
 
 
 def _undominated(results: list[Result]) -> list[Result]:

@@ -72,6 +72,7 @@ class Layers:
             and each workload begins with a new word.
         segments: [workloads + 1] first word of each workload, and the number of words.
         num_tokens: [workloads] tokens; all 0 when only load counts.
+        sample: [64 words] the problem's token that each bit stands for, -1 = none.
         most_proposals: of a long anneal, where there is no time for more.
         stop: [1] not 0 once the kernels shall end.
     """
@@ -81,6 +82,7 @@ class Layers:
     primary_bits: list[Words]
     segments: NDArray[np.int64]
     num_tokens: NDArray[np.int64]
+    sample: NDArray[np.int64]
     most_proposals: int | None = None
     stop: NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))
 
@@ -224,16 +226,17 @@ class Layers:
             row[rank, : len(here)] = here
         return row.reshape(-1)
 
-    def start(self, layer: int, width: int) -> Slots:
+    def start(self, layer: int, width: int, *, replicas: bool | None = None) -> Slots:
         """The current placement where it is allowed, else `spread`.
 
-        Where no replicas are placed, an expert keeps one copy: the pinned one, or the first.
+        Without `replicas` (unless said otherwise: where none are placed in one layer alone) an
+        expert keeps one copy: the pinned one, or the first.
         """
         problem = self.problem
         if problem.current is None:
             return self.spread(layer, width)
         current = problem.current[layer]
-        if not self.replicates:
+        if not (self.replicates if replicas is None else replicas):
             current = self._one_copy_each(layer, current)
         rows = current.reshape(problem.num_ranks, -1)
         packed = np.take_along_axis(rows, np.argsort(rows < 0, axis=1, kind="stable"), axis=1)
@@ -271,9 +274,9 @@ class Layers:
         """[workloads] of a layer whose experts have a copy each."""
         num_ranks = self.problem.num_ranks
         load = self.loads[layer][:, slots].reshape(-1, num_ranks, slots.size // num_ranks).sum(2)
-        return self._of_workloads(load)
+        return self.imbalance_of(load)
 
-    def _of_workloads(self, load: Floats) -> Floats:
+    def imbalance_of(self, load: Floats) -> Floats:
         """[workloads] imbalance from rank loads [C, G] in any unit."""
         mean = load.mean(axis=1)
         worst = (load / self.problem.fair_share).max(axis=1)
@@ -326,7 +329,7 @@ class Layers:
         )  # fmt: skip
         traffic /= np.bincount(problem.token_workload, minlength=traffic.size)
         if problem.scenario is not None:
-            return traffic, self._of_workloads(load)
+            return traffic, self.imbalance_of(load)
         worst = (load[0] / problem.fair_share).max()
         return traffic, np.full(traffic.size, worst / load.mean() if load.any() else 1.0)
 
@@ -411,7 +414,7 @@ def prepare(problem: Problem) -> Layers:
     if problem.tokens is None or problem.dispatch == "allgather":
         none = [np.zeros((num_experts + 1, 0), np.uint64)] * num_layers
         zero = np.zeros(problem.num_workloads + 1, np.int64)
-        return Layers(problem, none, none, zero, zero[1:])
+        return Layers(problem, none, none, zero, zero[1:], zero[:0])
     replicates = problem.num_slots > num_experts and problem.dispatch == "alltoall"
     stride = -(-len(problem.tokens) // (REPLICA_TOKENS if replicates else MOST_TOKENS))
     workload = problem.token_workload[::stride]
@@ -422,10 +425,11 @@ def prepare(problem: Problem) -> Layers:
     # row of each kept token: those of a workload begin with a new word
     first = segments[:-1] - np.append(0, np.cumsum(num_tokens))[:-1] / 64
     row = np.arange(kept.size) + np.round(first[workload[kept]] * 64).astype(np.int64)
+    sample = np.full(int(segments[-1]) * 64, -1, np.int64)
+    sample[row] = kept * stride
 
     def packed(columns: NDArray[np.integer]) -> Words:
-        padded = np.full((int(segments[-1]) * 64, columns.shape[1]), -1, np.int64)
-        padded[row] = columns[::stride][kept]
+        padded = np.where(sample[:, None] >= 0, columns[sample], -1).astype(np.int64)
         bits: Words = pack_bits(padded, num_experts)
         return bits
 
@@ -434,4 +438,4 @@ def prepare(problem: Problem) -> Layers:
     if problem.dispatch == "coherent":
         primary = problem.tokens[:, :, 0] if problem.primary is None else problem.primary
         primary_bits = [packed(primary[:, layer : layer + 1]) for layer in range(num_layers)]
-    return Layers(problem, bits, primary_bits, segments, num_tokens)
+    return Layers(problem, bits, primary_bits, segments, num_tokens, sample)

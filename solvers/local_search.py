@@ -212,8 +212,7 @@ def caps_of(problem: Problem, layers: Layers) -> Caps:
 def local_search(problem: Problem, seed: int, budget: Budget) -> Solution:
     """Anneals traffic, load and replicas together on exact token bitsets, under a cap on imbalance.
 
-    Redundant slots are filled with replicas under alltoall dispatch; under coherent dispatch they
-    only let ranks hold unequal numbers of experts.
+    Redundant slots are filled with replicas under alltoall and coherent dispatch.
     """
     from solvers import coherent
 

@@ -1,13 +1,15 @@
 """How long anneals may be so that a search ends within its time.
 
 Without a limit anneals are as long as pays. Where the time will not do for that, shorter anneals of
-all layers at all prices beat long ones of some: the schedule stays, and its anneals shrink.
+all layers at all prices beat long ones of some: the schedule stays, and its anneals shrink. An
+anneal of coupled layers, which would otherwise be cut short while hot, is given a share of what
+time is left and spreads it over its parts.
 """
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from solvers.budget import Budget
 from solvers.layers import Layers, Slots, anneal
@@ -17,6 +19,7 @@ SHARE = 0.75  # of the remaining time that anneals are planned to take
 PILOT = 1024  # proposals
 PILOT_PRICE = 2.0  # of imbalance
 LEAST = 4  # proposals per expert
+FIRST_PART = 8  # times fewer proposals in the part that tells how long parts take
 
 
 def paced(layers: Layers, seed: int, budget: Budget, anneals: float, candidates: int) -> Layers:
@@ -55,3 +58,40 @@ def paced(layers: Layers, seed: int, budget: Budget, anneals: float, candidates:
     affordable = spare / (anneals * num_layers * max(proposal, 1e-9))
     least = LEAST * layers.problem.num_experts
     return replace(layers, most_proposals=max(least, int(affordable)))
+
+
+@dataclass
+class Pace:
+    """Proposals for each part of one anneal, so that it cools within a share of the time.
+
+    Attributes:
+        budget: of the search; without a limit all parts have the usual number.
+        parts: still to come.
+        usual: proposals of a part where there is time.
+        share: of the remaining time that the anneal may take.
+    """
+
+    budget: Budget
+    parts: int
+    usual: int
+    share: float = 0.5
+    _end: float = field(init=False)
+    _asked: float = field(init=False, default=0.0)
+    _given: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        self._end = self.budget.elapsed() + self.share * self.budget.remaining()
+
+    def steps(self) -> int:
+        """Proposals of the next part, by how long the last one took; few of the first."""
+        if self.budget.seconds is None:
+            return self.usual
+        now = self.budget.elapsed()
+        steps = max(1, self.usual // FIRST_PART)
+        if self._given:
+            step = max((now - self._asked) / self._given, 1e-9)
+            affordable = (self._end - now) / max(1, self.parts) / step
+            steps = int(min(self.usual, max(1.0, affordable)))
+        self.parts -= 1
+        self._asked, self._given = now, steps
+        return steps

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 import solvers
-from solvers import anneal, anneal_replicas, budget, registry, swapping
+from solvers import (
+    anneal,
+    anneal_coherent,
+    anneal_replicas,
+    budget,
+    registry,
+    swapping,
+    walking,
+)
 from solvers.rehearsing import miniature, rehearse
 
 from .cases import problem_of, topic_tokens
@@ -16,9 +24,12 @@ from .cases import problem_of, topic_tokens
 KERNELS = [
     (anneal, "anneal_layer"),
     (anneal, "pack_bits"),
+    (anneal_coherent, "anneal_layer_coherent"),
     (anneal_replicas, "anneal_layer_replicas"),
     (anneal_replicas, "serve_layer"),
     (swapping, "anneal_swaps"),
+    (walking, "copies_of"),
+    (walking, "walk_tokens"),
 ]
 
 
@@ -57,6 +68,7 @@ def pairs_of(tokens, num_experts):
         {},
         {"slots_per_rank": 5, "ranks_per_node": 2, "node_weight": 4.0},
         {"dispatch": "coherent"},
+        {"dispatch": "coherent", "slots_per_rank": 5},
         {"slots_per_rank": 6, "slot_budget": 26},
         {"objective": "coactivation"},
         {"scenario_load": "folds", "slots_per_rank": 5},
