@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from placer.errors import PlacerError
 from placer.evaluation import evaluate
@@ -13,7 +13,6 @@ from placer.planning import (
     CAPPED_SOLVERS,
     Progress,
     Settings,
-    bounds_of_results,
     build_problem,
     check_solver,
     placement_of,
@@ -21,9 +20,6 @@ from placer.planning import (
     split_sources,
 )
 from placer.trace.source import TraceSource
-
-if TYPE_CHECKING:
-    from solvers import Result
 
 FORMAT = "placer.comparison"
 SCHEMA_VERSION = 1
@@ -59,7 +55,6 @@ def compare_solvers(
     parts = split_sources(sources, settings)
     problem = build_problem(parts.fit, settings, progress)
     rows: list[dict[str, Any]] = []
-    results: list[Result] = []
     failed: list[dict[str, str]] = []
     first_error: PlacerError | None = None
     judged = {"requests": 0, "tokens": 0}
@@ -83,7 +78,6 @@ def compare_solvers(
             replica_policy=settings.replica_policy,
             seed=settings.seed,
         )
-        results.append(result)
         judged = {"requests": evaluation.requests, "tokens": evaluation.tokens}
         rows.append(
             {
@@ -100,11 +94,6 @@ def compare_solvers(
         )
     if not rows and first_error is not None:
         raise first_error
-    progress("proving bounds")
-    for row, bound in zip(rows, bounds_of_results(problem, results), strict=True):
-        if bound is not None:
-            row |= {"lower_bound": bound.lower_bound, "bound_of": "objective", "gap": bound.gap}
-            row["bound_max_imbalance"] = bound.max_imbalance
     return {
         "format": FORMAT,
         "schema_version": SCHEMA_VERSION,

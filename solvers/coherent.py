@@ -2,9 +2,10 @@
 
 Odd and even layers are annealed in turn against their neighbours while the temperature falls;
 between sweeps the rank labels of each layer are matched to those of its neighbours by an assignment
-problem, which swaps cannot do. The prices of imbalance and of moves are searched for by bisection,
+problem, which swaps cannot do. The price of imbalance is pursued, that of moves found by bisection,
 those of workloads by multiplicative weights (Arora, Hazan and Kale, Theory of Computing 8, 2012).
-Every other anneal starts from the placement that keeps most primary flow (`solvers.chain`).
+Anneals start in turn from the experts' own order, from a placement that keeps most primary flow on
+its rank, or on its node first (`solvers.chain`), and from what is best so far.
 Redundant slots are filled after that, see `solvers.coherent_replicas`.
 """
 
@@ -25,10 +26,12 @@ from solvers.parallel import available_cores
 from solvers.problem import Problem
 from solvers.selection import Caps
 
-ROUNDS = 9
+ROUNDS = 12
 SWEEPS = 24
 FIRST_HEAT, COLD = 2.0, 1 / 300
-FIRST_PRICE = 2.0
+FIRST_PRICE = 2.0  # of imbalance, times what a message between nodes costs in all
+AIM, LEAST_EXCESS = 0.97, 1e-3  # of what the cap allows above 1
+STEP = 3.0  # by which a price changes at most
 FIRST_MOVE_PRICE = 0.3  # in shares of the tokens of a mean expert
 CHAIN_SHARE = 0.2
 REWEIGHT = 8.0  # how strongly workloads that fare worse gain weight
@@ -79,6 +82,25 @@ class Bisection:
 
 
 @dataclass(eq=False)
+class Pursuit:
+    """The price of imbalance at which its cap is kept, as anneals that differ by chance tell it.
+
+    What imbalance exceeds 1 by falls roughly with the root of its price.
+    """
+
+    price: float
+    floor: float
+    cap: float | None
+
+    def tell(self, imbalance: float) -> None:
+        """What an anneal at the last price reached; move on to the next to try."""
+        if self.cap is not None:
+            aim = max(AIM * (self.cap - 1), LEAST_EXCESS)
+            factor = max(0.0, (imbalance - 1) / aim) ** 2
+            self.price = max(self.floor, self.price * min(STEP, max(1 / STEP, factor)))
+
+
+@dataclass(eq=False)
 class Steering:
     """The prices of the next anneal, by what the ones before it ended with.
 
@@ -90,7 +112,7 @@ class Steering:
 
     problem: Problem
     caps: Caps
-    load: Bisection
+    load: Pursuit
     move: Bisection
     weight: Floats
 
@@ -98,10 +120,11 @@ class Steering:
     def of(cls, layers: Layers, caps: Caps) -> Steering:
         """Steering that has been told nothing yet."""
         count = layers.problem.num_workloads
+        first = FIRST_PRICE * (1 + layers.problem.node_weight * (layers.groups.size > 1))
         return cls(
             layers.problem,
             caps,
-            Bisection(max(FIRST_PRICE, 3 * caps.floor), caps.floor),
+            Pursuit(max(first, 3 * caps.floor), caps.floor, caps.imbalance),
             Bisection(FIRST_MOVE_PRICE * layers.token_share),
             np.full(count, 1 / count),
         )
@@ -115,8 +138,7 @@ class Steering:
 
     def tell(self, found: Visited) -> None:
         """What an anneal under `prices` ended with."""
-        if self.caps.imbalance is not None:
-            self.load.tell(found.imbalance <= self.caps.imbalance)
+        self.load.tell(found.imbalance)
         if self.caps.moves is not None:
             self.move.tell(found.moves <= self.caps.moves)
         if self.problem.robust != "mean":
@@ -162,6 +184,17 @@ class Search:
     def starts(self) -> list[Slots]:
         layers = range(self.problem.num_layers)
         return [self.layers.start(layer, self.width(layer)) for layer in layers]
+
+    def warm_starts(self) -> list[list[Slots]]:
+        """Placements that keep the flow of primary experts: on ranks, and on nodes if they count.
+
+        None where something else is asked of where experts sit.
+        """
+        found = [chained(self)]
+        even = self.problem.num_experts % self.problem.num_nodes == 0
+        if self.layers.groups.size > 1 and even:
+            found.insert(0, chained(self, nodes_first=True))
+        return [start for start in found if start is not None]
 
     def run(
         self, prices: Prices, number: int, placement: list[Slots], hot: float = FIRST_HEAT
@@ -253,15 +286,25 @@ def search_coherent(layers: Layers, seed: int, budget: Budget, caps: Caps) -> li
         starts = search.starts()
         if problem.current is not None:
             search.visited.append(search.judged(starts))
-        warm_start = chained(search)
         steering = Steering.of(layers, caps)
+        warm = search.warm_starts()
         for number in rounds(plain_budget, ROUNDS):
-            warm = warm_start if number % 2 == 1 else None
-            heat = FIRST_HEAT / 4 if warm else FIRST_HEAT
-            steering.tell(search.run(steering.prices(), number, warm or starts, heat))
+            prices = steering.prices()
+            start, heat = starts, FIRST_HEAT
+            if number % 3 == 1 and warm:
+                start, heat = warm[number // 3 % len(warm)], FIRST_HEAT / 4
+            elif number % 3 == 2:
+                start, heat = favourite(search.visited, prices).placement, FIRST_HEAT / 4
+            steering.tell(search.run(prices, number, start, heat))
         if not spare:
             return search.best()
         return Filling(search, budget).fill()
+
+
+def favourite(visited: Sequence[Visited], prices: Prices) -> Visited:
+    """The placement that is worth most at some prices."""
+    weight, load = np.array(prices.traffic), np.array(prices.imbalance)
+    return min(visited, key=lambda v: v.traffic @ weight + v.loads @ load + prices.move * v.moves)
 
 
 def rounds(budget: Budget, usual: int) -> Iterator[int]:
@@ -341,28 +384,51 @@ def coherent_traffic(layers: Layers, placement: Sequence[Slots]) -> Floats:
     return total / len(placement)
 
 
-def chained(search: Search) -> list[Slots] | None:
-    """The placement that keeps most primary flow on its rank, where nothing else is asked."""
-    from solvers.chain import effort_for, keep_flow
+def chained(search: Search, *, nodes_first: bool = False) -> list[Slots] | None:
+    """The placement that keeps most primary flow on its rank, where nothing else is asked.
 
+    With `nodes_first` most of it is kept on its node, and then on its rank within each node.
+    """
     problem = search.problem
     plain = problem.pinned is None and problem.rank_slots is None and problem.current is None
     flow = problem.primary_affinity
     if not plain or flow is None or problem.num_layers < 2:
         return None
-    even = np.array_split(np.arange(problem.num_experts), problem.num_ranks)
-    sizes = np.array([part.size for part in even])
-    effort = effort_for(problem.num_layers, problem.num_experts, problem.num_ranks)
-    effort = replace(
-        effort, num_starts=max(2, effort.num_starts // 4), num_rounds=max(2, effort.num_rounds // 4)
-    )
     rng = np.random.default_rng(search.seed)
-    ranks = keep_flow(flow, sizes, rng, search.budget.part(CHAIN_SHARE), effort)
+    budget = search.budget.part(CHAIN_SHARE)
+    if not nodes_first:
+        ranks = _kept(flow, problem.num_ranks, rng, budget)
+    else:
+        node = _kept(flow, problem.num_nodes, rng, budget)
+        ranks = np.empty_like(node)
+        for number in range(problem.num_nodes):
+            here = [np.flatnonzero(row == number) for row in node]
+            inside = np.stack(
+                [f[np.ix_(a, b)] for f, a, b in zip(flow, here[:-1], here[1:], strict=True)]
+            )
+            within = _kept(inside, problem.ranks_per_node, rng, budget)
+            for row, experts, rank in zip(ranks, here, within, strict=True):
+                row[experts] = number * problem.ranks_per_node + rank
     placement = []
     for row in ranks:
         slots = np.full((problem.num_ranks, problem.slots_per_rank), -1, np.int64)
         for rank in range(problem.num_ranks):
-            here = np.nonzero(row == rank)[0]
-            slots[rank, : here.size] = here
+            held = np.nonzero(row == rank)[0]
+            slots[rank, : held.size] = held
         placement.append(slots.reshape(-1))
     return placement
+
+
+def _kept(
+    flow: NDArray[np.float64], groups: int, rng: np.random.Generator, budget: Budget
+) -> NDArray[np.int64]:
+    """[L, E] group of each expert, all groups about as large, that keeps most flow."""
+    from solvers.chain import effort_for, keep_flow
+
+    num_experts = flow.shape[1]
+    sizes = np.array([part.size for part in np.array_split(np.arange(num_experts), groups)])
+    effort = effort_for(len(flow) + 1, num_experts, groups)
+    effort = replace(
+        effort, num_starts=max(2, effort.num_starts // 4), num_rounds=max(2, effort.num_rounds // 4)
+    )
+    return keep_flow(flow, sizes, rng, budget, effort)

@@ -23,17 +23,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from solvers.budget import Budget
-from solvers.coherent import Search, Steering, Visited, best_of, rounds
+from solvers.coherent import Search, Steering, Visited, best_of, favourite, rounds
 from solvers.layers import Floats, Layers, Prices, Slots, Words
 from solvers.pacing import Pace
-from solvers.selection import Caps
 
 ROUNDS = 7
 SWEEPS = 12
 FIRST_HEAT, COLD = 3.0, 1 / 300
 HEATS = (1.0, 0.7, 0.5, 0.35, 0.25)  # of the anneals that go on from another, the last repeated
-STEP, LEAST_EXCESS = 3.0, 1e-3
-AIM = 0.97  # of the imbalance above 1 that the cap allows
 MOST_PAIRS = 10_000_000  # of tokens and experts that walk with every sweep
 
 
@@ -119,11 +116,7 @@ class Filling:
         self.begin()
         steering = Steering.of(self.layers, caps)
         for number in rounds(self.budget, ROUNDS):
-            found = self.improved(steering.prices(), number, first=number == 0)
-            before = steering.load.price
-            steering.tell(found)
-            if caps.imbalance is not None:
-                steering.load.price = pursued(before, found.imbalance, caps)
+            steering.tell(self.improved(steering.prices(), number, first=number == 0))
         return best_of(self.visited, caps).placement
 
     def begin(self) -> None:
@@ -135,11 +128,7 @@ class Filling:
 
     def improved(self, prices: Prices, number: int, *, first: bool) -> Visited:
         """One anneal, from what is best at the prices; hotter where nothing has replicas yet."""
-        weight, imbalance = np.array(prices.traffic), np.array(prices.imbalance)
-        start = min(
-            self.visited,
-            key=lambda v: v.traffic @ weight + v.loads @ imbalance + prices.move * v.moves,
-        )
+        start = favourite(self.visited, prices)
         heat = FIRST_HEAT if first else HEATS[min(number, len(HEATS)) - 1]
         found = self.judged(self.run(prices, number, start.placement, heat))
         self.visited.append(found)
@@ -300,13 +289,3 @@ class Filling:
                 covered = np.bitwise_or.reduce(certain[nodes], axis=0)
                 gain[nodes] |= bits[expert] & ~covered
         return gain, loss & ~gain
-
-
-def pursued(price: float, imbalance: float, caps: Caps) -> float:
-    """The price of imbalance to go on with: anneals that continue each other miss the cap by less.
-
-    What imbalance exceeds 1 by falls roughly with the root of its price.
-    """
-    assert caps.imbalance is not None
-    factor = ((imbalance - 1) / max(AIM * (caps.imbalance - 1), LEAST_EXCESS)) ** 2
-    return max(caps.floor, price * float(np.clip(factor, 1 / STEP, STEP)))

@@ -90,7 +90,7 @@ def _coherent(layers: Layers, seed: int, budget: Budget) -> list[list[Slots]]:
     limits = Caps(moves=problem.max_moves, slots=problem.slot_budget)
     spare = problem.num_slots > problem.num_experts
     tries = 1 if limits.moves is None else MOVE_TRIES
-    anneals = 2 * len(COHERENT_PRICES) * tries
+    anneals = 3 * len(COHERENT_PRICES) * tries
     layers = paced(layers, seed, budget, anneals, anneals)
     steering = coherent.Steering.of(layers, limits)
 
@@ -106,14 +106,16 @@ def _coherent(layers: Layers, seed: int, budget: Budget) -> list[list[Slots]]:
         search = coherent.Search(layers, seed, plain_budget, limits, executor)
         starts = search.starts()
         search.visited.append(search.judged(starts))
-        chained = coherent.chained(search)
+        warm = search.warm_starts()
         visited = search.visited
         for number, price in enumerate(COHERENT_PRICES):
-            for start in (starts, chained):
-                if start is not None:
-                    heat = coherent.FIRST_HEAT / (4 if start is chained else 1)
-                    run = partial(search.run, number=number, placement=start, hot=heat)
-                    steered(run, price, plain_budget)
+            run = partial(search.run, number=number, placement=starts)
+            steered(run, price, plain_budget)
+            cooler = coherent.FIRST_HEAT / 4
+            start = coherent.favourite(visited, steering.prices(price)).placement
+            for other in (*warm[:1], start):
+                run = partial(search.run, number=number, placement=other, hot=cooler)
+                steered(run, price, plain_budget)
         if spare:
             filling = Filling(search, budget)
             filling.begin()

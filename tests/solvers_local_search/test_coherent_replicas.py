@@ -15,8 +15,8 @@ from solvers import check
 from solvers.anneal import SQUARE_SHARE, pack_bits
 from solvers.anneal_coherent import anneal_layer_coherent
 from solvers.budget import Budget
-from solvers.coherent import Search
-from solvers.coherent_replicas import Filling, pursued
+from solvers.coherent import Pursuit, Search
+from solvers.coherent_replicas import Filling
 from solvers.layers import prepare
 from solvers.pacing import FIRST_PART, Pace
 from solvers.selection import Caps
@@ -251,10 +251,14 @@ def test_an_expert_that_everybody_uses_gets_copies():
 
 
 def test_the_price_of_imbalance_rises_where_the_cap_is_broken():
-    caps = Caps(imbalance=1.1)
-    assert pursued(2.0, 1.2, caps) > 2.0 > pursued(2.0, 1.05, caps)
-    assert pursued(2.0, 3.0, caps) == 6.0
-    assert pursued(2.0, 1.01, replace(caps, floor=1.5)) == 1.5
+    def after(imbalance, floor=0.0):
+        pursuit = Pursuit(2.0, floor, cap=1.1)
+        pursuit.tell(imbalance)
+        return pursuit.price
+
+    assert after(1.2) > 2.0 > after(1.05)
+    assert after(3.0) == 6.0
+    assert after(1.01, floor=1.5) == 1.5
 
 
 def test_an_anneal_with_a_time_limit_spreads_it_over_its_parts(monkeypatch):
