@@ -3,8 +3,10 @@
 An expert with one copy is served there. A token that uses an expert with several copies is served
 at home if a copy is there, else on a rank that it uses anyway for a single-copy expert, else on the
 least loaded copy. So an expert with C copies costs no message for tokens that some copy's rank
-covers, and one message for the share 1 - C / G of the others; what is free to go to any copy fills
-the least loaded ranks. Where copies go, and which tokens they serve, is thus priced together.
+covers, and one message for the share 1 - C / G of the others; what is free to go to any copy
+prefers the less loaded ranks. It does not fill them up: a home knows no more than what it sent in
+this batch, so that its preference is weak where batches are small (`steering`, see
+docs/solvers.md). Where copies go, and which tokens they serve, is thus priced together.
 (That two replicated experts of one token may share a rank is left out: the price is an upper one.)
 
 A proposal recomputes the rows of the ranks that it touches and the experts with copies there:
@@ -21,6 +23,8 @@ import numpy as np
 
 from solvers.anneal import SQUARE_SHARE, below, popcount, seeded, uniform
 from solvers.compiling import compiled
+
+SWEEPS, DAMPING = 2, 0.7  # with which the split of free tokens is found
 
 
 @compiled
@@ -95,50 +99,58 @@ def measure_expert(
 
 @compiled
 def fill_load(
-    load: Any, tokens: Any, copies: Any, where: Any, exclusive: Any, fair: Any, rank_load: Any
-) -> None:
-    """Fill rank_load [G], in units of the mean and of each rank's fair share (see the module)."""
+    load: Any, tokens: Any, copies: Any, where: Any, exclusive: Any, fair: Any, steering: float,
+    split: Any, rank_load: Any,
+) -> None:  # fmt: skip
+    """Fill rank_load [G], in units of the mean and of each rank's fair share (see the module).
+
+    Args:
+        steering: how strongly free tokens prefer ranks with less load, see `solvers.layers`.
+        split: [E, C] scratch: the load that each copy gets of tokens that are free to choose.
+    """
     num_ranks = rank_load.size
     for rank in range(num_ranks):
         rank_load[rank] = 0.0
     for expert in range(copies.size):
-        if copies[expert] == 1:
+        count = copies[expert]
+        if count == 1:
             rank = where[expert, 0]
             rank_load[rank] += load[expert] / fair[rank]
-    for expert in range(copies.size):
-        count = copies[expert]
         if count < 2:
             continue
         away = 1.0 - count / num_ranks
         bound = 0.0
         for i in range(count):
+            bound += exclusive[expert, i] / max(tokens[expert], 1)
+        free = load[expert] * away * max(0.0, 1.0 - bound) / count
+        for i in range(count):
             rank = where[expert, i]
-            share = exclusive[expert, i] / max(tokens[expert], 1)
-            bound += share
-            rank_load[rank] += load[expert] * (away * share + 1.0 / num_ranks) / fair[rank]
-        free = load[expert] * away * max(0.0, 1.0 - bound)
-        # water-filling: raise the least loaded copies to one level
-        for _ in range(count):
-            low = 1e300
-            second = 1e300
-            at_low = 0.0
+            share = away * exclusive[expert, i] / max(tokens[expert], 1) + 1.0 / num_ranks
+            split[expert, i] = free
+            rank_load[rank] += (load[expert] * share + free) / fair[rank]
+    for _ in range(SWEEPS):
+        for expert in range(copies.size):
+            count = copies[expert]
+            if count < 2:
+                continue
+            lowest = 1e300
+            free = 0.0
             for i in range(count):
-                value = rank_load[where[expert, i]]
-                if value < low - 1e-12:
-                    second = low
-                    low = value
-                    at_low = fair[where[expert, i]]
-                elif value <= low + 1e-12:
-                    at_low += fair[where[expert, i]]
-                elif value < second:
-                    second = value
-            rise = min(free / at_low, second - low)
+                lowest = min(lowest, rank_load[where[expert, i]])
+                free += split[expert, i]
+            if free <= 0.0:
+                continue
+            total = 0.0
             for i in range(count):
-                if rank_load[where[expert, i]] <= low + 1e-12:
-                    rank_load[where[expert, i]] += rise
-            free -= rise * at_low
-            if free <= 1e-12:
-                break
+                total += np.exp(steering * (lowest - rank_load[where[expert, i]]))
+            # shares by the loads before any of them changes
+            scale = free / total
+            for i in range(count):
+                rank = where[expert, i]
+                wanted = scale * np.exp(steering * (lowest - rank_load[rank]))
+                change = DAMPING * (wanted - split[expert, i])
+                split[expert, i] += change
+                rank_load[rank] += change / fair[rank]
 
 
 @compiled
@@ -160,6 +172,7 @@ def anneal_layer_replicas(
     proposals: int,
     seed: int,
     hot: Any,
+    steering: float,
     stop: Any,
 ) -> Any:
     """Anneal the slots of one layer in place; leave the best state in `slots`.
@@ -170,6 +183,7 @@ def anneal_layer_replicas(
     Args:
         bits .. seed, stop: as there.
         hot: [H] int64 experts to draw replicas from, hotter ones more often.
+        steering: see `fill_load`.
 
     Returns:
         The best cost that was seen.
@@ -202,6 +216,7 @@ def anneal_layer_replicas(
     uncovered = np.zeros((levels, num_experts), np.float64)
     old_uncovered = np.zeros((levels, num_experts), np.float64)
     rank_load = np.zeros(num_ranks, np.float64)
+    split = np.zeros((num_experts, most + 1), np.float64)
     touched = np.zeros(num_ranks, np.bool_)
     stale = np.zeros((levels, num_experts), np.bool_)
     best_slots = slots.copy()
@@ -323,7 +338,9 @@ def anneal_layer_replicas(
         for scenario in range(loads.shape[0]):
             if load_prices[scenario] == 0:
                 continue
-            fill_load(loads[scenario], tokens, copies, where, exclusive, fair, rank_load)
+            fill_load(
+                loads[scenario], tokens, copies, where, exclusive, fair, steering, split, rank_load
+            )
             highest = 0.0
             squares = 0.0
             for rank in range(num_ranks):

@@ -245,7 +245,8 @@ class Search:
     def judged(self, placement: list[Slots]) -> Visited:
         problem, layers = self.problem, self.layers
         traffic = coherent_traffic(layers, placement)
-        imbalance = np.mean([layers.imbalance(i, s) for i, s in enumerate(placement)], axis=0)
+        judged = [layers.imbalance(i, slots) for i, slots in enumerate(placement)]
+        imbalance = np.mean(judged, axis=0)
         return Visited(
             float(problem.aggregate(traffic + self.caps.floor * imbalance)),
             float(problem.aggregate(imbalance)),

@@ -87,7 +87,7 @@ class Walk:
         ranks = np.stack(
             [np.pad(r, ((0, 0), (0, most - r.shape[1])), constant_values=-1) for _, r in found]
         )
-        num_scenarios = 1 if problem.scenario is None else self.layers.loads.shape[1]
+        num_scenarios = 1 if problem.scenario is None else problem.workload_of_scenarios.size
         load = np.zeros((num_scenarios, problem.num_layers, problem.num_ranks))
         traffic = np.zeros(problem.num_workloads)
         homes = np.zeros((problem.num_layers, len(self.tokens)), np.int16)
@@ -162,8 +162,6 @@ class Filling:
         traffic, load, _ = self.everyone.along(placement)
         count = np.bincount(self.everyone.workload, minlength=traffic.size)
         traffic = traffic / np.maximum(1, count * problem.num_layers)
-        if problem.scenario is None:
-            load = np.repeat(load, layers.loads.shape[1], axis=0)
         imbalance = np.mean(
             [layers.imbalance_of(load[:, i]) for i in range(problem.num_layers)], axis=0
         )
@@ -249,11 +247,16 @@ class Filling:
         return result
 
     def relative(self, load: Floats) -> Floats:
-        """[C, L, G] rank loads in units of each scenario's mean and of each rank's fair share."""
-        count = self.layers.loads.shape[1]
+        """[C, L, G] rank loads in units of each scenario's mean and of each rank's fair share.
+
+        As for `Layers.loads`, folds of a workload are one scenario.
+        """
+        count, problem = self.layers.loads.shape[1], self.layers.problem
+        if problem.folds and problem.scenario is not None:
+            load = problem.of_workloads(load)
         load = np.repeat(load, count // len(load), axis=0)
         mean = np.maximum(load.mean(axis=2, keepdims=True), 1e-300)
-        relative: Floats = load / mean / self.layers.problem.fair_share
+        relative: Floats = load / mean / problem.fair_share
         return relative
 
     def stacked(self, rows: Words) -> Words:

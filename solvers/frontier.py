@@ -29,7 +29,7 @@ from solvers.result import Result, Solution
 from solvers.selection import Caps
 from solvers.solving import PROOF_SHARE, capped_imbalance, ctrl_c_stops, result_of
 
-NUM_POINTS = 12
+NUM_POINTS, NUM_ANNEALED = 20, 12  # of which prices candidates are sought at
 COHERENT_PRICES = (0.0, 0.3, 0.7, 1.5, 3.0, 6.0, 12.0, 25.0, 60.0)
 MOVE_TRIES = 5  # prices of a move at each price of imbalance, where moves are limited
 SEARCH = "local_search"
@@ -72,17 +72,17 @@ def _separable(layers: Layers, seed: int, budget: Budget) -> list[list[Slots]]:
     problem = layers.problem
     limits = Caps(moves=problem.max_moves, slots=problem.slot_budget)
     search = local_search.Search(layers, seed, budget)
-    search.begin(0.0, True, local_search.ROUNDS * NUM_POINTS)
+    search.begin(0.0, True, local_search.ROUNDS * NUM_ANNEALED)
 
-    def caps() -> list[Caps]:
-        least = search.imbalance(replace(limits, imbalance=1.0))
-        most = max(search.imbalance(limits), least + 1e-6)
-        above = np.geomspace(max(least - 1, 1e-3), max(most - 1, 2e-3), NUM_POINTS)
+    def caps(count: int) -> list[Caps]:
+        """Spread over what is possible, denser where imbalance is low."""
+        least, most = search.imbalance(replace(limits, imbalance=1.0)), search.imbalance(limits)
+        above = np.geomspace(max(least - 1, 1e-3), max(most - 1, 2e-3), count)
         return [replace(limits, imbalance=1 + float(value)) for value in above]
 
     for number in range(local_search.ROUNDS):
-        search.improve(caps(), warm=number > 0, around=(1.0,))
-    return [search.placement(cap) for cap in caps()]
+        search.improve(caps(NUM_ANNEALED), warm=number > 0, around=(1.0,))
+    return [search.placement(cap) for cap in caps(NUM_POINTS)]
 
 
 def _coherent(layers: Layers, seed: int, budget: Budget) -> list[list[Slots]]:

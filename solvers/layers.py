@@ -15,6 +15,9 @@ from solvers.problem import Problem
 # with replicas are judged on all of the problem's tokens, the others on these; results on all.
 MOST_TOKENS, REPLICA_TOKENS = 32768, 16384
 
+# A preference for less loaded copies per square root of what a home has seen (docs/solvers.md).
+STEERING, MOST_STEERING = 0.47, 6.0
+
 # Times as many proposals as usual; benchmarks raise it to see what they would bring.
 EFFORT = 1
 
@@ -30,7 +33,8 @@ class Candidate:
     Attributes:
         slots: [S] expert of each slot, -1 = empty.
         traffic: [workloads] messages per token, at their prices.
-        imbalance: [workloads] max / mean rank load, averaged over the workload's scenarios.
+        imbalance: [workloads] max / mean rank load, averaged over the workload's scenarios; with
+            folds over what is left of the workload without each.
         moves: copies on ranks that did not hold them.
         width: slots per rank that the layer was given.
     """
@@ -103,17 +107,33 @@ class Layers:
 
     @cached_property
     def loads(self) -> Floats:
-        """[L, C, E + 1] load in units of its scenario's mean rank load, 0 for an empty slot."""
+        """[L, C, E + 1] load in units of its scenario's mean rank load, 0 for an empty slot.
+
+        Folds of a workload are one scenario here, for the anneals: the chance of each is not worth
+        chasing. Candidates are judged by `judged_loads`.
+        """
         problem = self.problem
         loads = problem.load[None] if problem.scenario_load is None else problem.scenario_load
-        mean = np.maximum(loads.sum(axis=2, keepdims=True) / problem.num_ranks, 1e-300)
+        return self._relative(problem.of_workloads(loads) if problem.folds else loads)
+
+    @cached_property
+    def judged_loads(self) -> Floats:
+        """[L, C, E + 1] likewise, of what the cap on imbalance is about."""
+        problem = self.problem
+        if problem.scenario_load is None or not problem.folds:
+            return self.loads
+        return self._relative(problem.judged(problem.scenario_load))
+
+    def _relative(self, loads: Floats) -> Floats:
+        mean = np.maximum(loads.sum(axis=2, keepdims=True) / self.problem.num_ranks, 1e-300)
         return np.ascontiguousarray(np.pad(loads / mean, ((0, 0), (0, 0), (0, 1))).swapaxes(0, 1))
 
     @cached_property
     def workload(self) -> NDArray[np.int64]:
-        """[C] workload of each scenario."""
-        given = self.problem.workload
-        return np.zeros(self.loads.shape[1], np.int64) if given is None else given
+        """[C] workload of each row of `loads`."""
+        if self.problem.folds:
+            return np.arange(self.problem.num_workloads)
+        return self.problem.workload_of_scenarios
 
     @cached_property
     def shares(self) -> Floats:
@@ -156,6 +176,26 @@ class Layers:
         if tokens is None:
             return 0.0
         return float((tokens >= 0).sum(axis=2).mean()) / self.problem.num_experts
+
+    @cached_property
+    def steering(self) -> float:
+        """How strongly tokens with a choice of copies prefer the less loaded rank.
+
+        A home sees the load of ranks in what it sent in the batch so far, on the mean n pairs a
+        rank: a sample, with a noise of 1 / sqrt(n). Copies get shares as exp(-steering x load /
+        mean).
+        """
+        problem = self.problem
+        assert problem.tokens is not None
+        count = len(problem.tokens)
+        home = np.zeros(count, np.int64) if problem.home is None else problem.home
+        batch = np.zeros(count, np.int64) if problem.batch is None else problem.batch
+        _, cell, size = np.unique(
+            batch * problem.num_ranks + home, return_inverse=True, return_counts=True
+        )
+        used = float((problem.tokens >= 0).sum(axis=2).mean())
+        seen = float(size[cell].mean()) * used / problem.num_ranks / 2
+        return min(MOST_STEERING, STEERING * float(np.sqrt(seen)))
 
     @property
     def proposals(self) -> int:
@@ -271,19 +311,25 @@ class Layers:
         return np.array(prices.imbalance)[self.workload] * self.shares
 
     def imbalance(self, layer: int, slots: Slots) -> Floats:
-        """[workloads] of a layer whose experts have a copy each."""
+        """[workloads] what the cap is about, of a layer whose experts have a copy each."""
         num_ranks = self.problem.num_ranks
-        load = self.loads[layer][:, slots].reshape(-1, num_ranks, slots.size // num_ranks).sum(2)
-        return self.imbalance_of(load)
+        rows = self.judged_loads[layer][:, slots].reshape(-1, num_ranks, slots.size // num_ranks)
+        return self._imbalance(rows.sum(axis=2), self.problem.workload_of_scenarios)
 
-    def imbalance_of(self, load: Floats) -> Floats:
-        """[workloads] imbalance from rank loads [C, G] in any unit."""
+    def imbalance_of(self, served: Floats) -> Floats:
+        """[workloads] likewise, of the pairs [C, G] that ranks serve; [1, G] of all scenarios."""
+        problem = self.problem
+        if problem.scenario is None:  # of one workload
+            return self._imbalance(served, np.zeros(1, np.int64))
+        return self._imbalance(problem.judged(served), problem.workload_of_scenarios)
+
+    def _imbalance(self, load: Floats, workload: NDArray[np.int64]) -> Floats:
+        """[workloads] imbalance from rank loads [C, G] in any unit, and the workload of each."""
         mean = load.mean(axis=1)
         worst = (load / self.problem.fair_share).max(axis=1)
         ratio = np.divide(worst, mean, out=np.ones_like(mean), where=mean > 0)
-        return np.bincount(
-            self.workload, ratio * self.shares, minlength=self.num_tokens.size
-        ).astype(np.float64)
+        of_workload: Floats = np.bincount(workload, ratio) / np.bincount(workload)
+        return of_workload
 
     def moves(self, layer: int, slots: Slots) -> int:
         rank = np.arange(slots.size) // self.problem.slots_per_rank
@@ -319,7 +365,7 @@ class Layers:
         home = np.full(count, -1) if problem.home is None else problem.home
         batch = np.zeros(count, np.int64) if problem.batch is None else problem.batch
         scenario = np.zeros(count, np.int64) if problem.scenario is None else problem.scenario
-        num_scenarios = 1 if problem.scenario is None else self.loads.shape[1]
+        num_scenarios = 1 if problem.scenario is None else problem.workload_of_scenarios.size
         load = np.zeros((num_scenarios, problem.num_ranks))
         traffic = np.zeros(problem.num_workloads)
         serve_layer(
@@ -328,10 +374,7 @@ class Layers:
             traffic,
         )  # fmt: skip
         traffic /= np.bincount(problem.token_workload, minlength=traffic.size)
-        if problem.scenario is not None:
-            return traffic, self.imbalance_of(load)
-        worst = (load[0] / problem.fair_share).max()
-        return traffic, np.full(traffic.size, worst / load.mean() if load.any() else 1.0)
+        return traffic, self.imbalance_of(load)
 
 
 def cover(bits: Words, slots: Slots, groups: int) -> Words:
@@ -390,7 +433,10 @@ def anneal(
         relative = layers.loads[layer].mean(axis=0)[:-1]
         draws = 1 + np.round(8 * relative / per_rank)
         anneal_layer_replicas(
-            *common, np.repeat(np.arange(problem.num_experts), draws.astype(int)), layers.stop
+            *common,
+            np.repeat(np.arange(problem.num_experts), draws.astype(int)),
+            layers.steering,
+            layers.stop,
         )
         return result
     primary_bits = home = next_once = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,8 +39,10 @@ class Problem:
         objective: what to minimise.
         max_imbalance: cap on the mean over layers of max / mean rank load, over the scenarios where
             there are any; None = no cap.
-        scenario_load: [C, L, E] load in each scenario that balance is asked of: folds of the
-            requests, so that a plan is not balanced by chance of the sample, batches, workloads.
+        scenario_load: [C, L, E] load in each scenario that balance is asked of: batches, workloads,
+            or folds of the requests.
+        folds: the scenarios are folds of each workload's requests. Balance is asked of what is left
+            of a workload without each of them, so that the chance of the sample is seen.
         scenario: [T] scenario of each of `tokens`.
         workload: [C] workload that each scenario belongs to, 0..W-1; None = all to one. A plan for
             several workloads is judged by `robust`; each counts alike, whatever its size.
@@ -85,6 +87,7 @@ class Problem:
     latency_message_us: float = 0.0
     num_groups: int = 1
     scenario_load: NDArray[np.float64] | None = None
+    folds: bool = False
     scenario: NDArray[np.int64] | None = None
     workload: NDArray[np.int64] | None = None
     robust: Robust = "mean"
@@ -160,8 +163,8 @@ class Problem:
     def _check_scenarios(self) -> None:
         loads = self.scenario_load
         if loads is None:
-            if self.scenario is not None or self.workload is not None:
-                raise ValueError("scenario and workload need scenario_load")
+            if self.scenario is not None or self.workload is not None or self.folds:
+                raise ValueError("scenario, workload and folds need scenario_load")
             return
         if loads.ndim != 3 or loads.shape[0] == 0 or loads.shape[1:] != self.load.shape:
             raise ValueError(
@@ -175,6 +178,8 @@ class Problem:
             or not np.array_equal(np.unique(workload), np.arange(self.num_workloads))
         ):
             raise ValueError("workload must give each scenario one of 0..W-1, none left out")
+        if self.folds and np.bincount(self.workload_of_scenarios).min() < 2:
+            raise ValueError("a workload must have two folds or more")
         if self.scenario is None or self.tokens is None:
             if self.num_workloads > 1 and self.tokens is not None:
                 raise ValueError("several workloads need the scenario of each token")
@@ -256,6 +261,26 @@ class Problem:
     def num_workloads(self) -> int:
         """W."""
         return 1 if self.workload is None else int(self.workload.max()) + 1
+
+    @property
+    def workload_of_scenarios(self) -> NDArray[np.int64]:
+        """[C] workload of each scenario; one scenario where there is no `scenario_load`."""
+        if self.workload is not None:
+            return self.workload
+        return np.zeros(1 if self.scenario_load is None else len(self.scenario_load), np.int64)
+
+    def of_workloads(self, loads: NDArray[Any]) -> NDArray[Any]:
+        """[W, ...] the sum of loads [C, ...] over each workload's scenarios."""
+        total = np.zeros((self.num_workloads, *loads.shape[1:]), loads.dtype)
+        np.add.at(total, self.workload_of_scenarios, loads)
+        return total
+
+    def judged(self, loads: NDArray[Any]) -> NDArray[Any]:
+        """[C, ...] the loads that balance is asked of, from those of the scenarios [C, ...]."""
+        if not self.folds:
+            return loads
+        left: NDArray[Any] = self.of_workloads(loads)[self.workload_of_scenarios] - loads
+        return left
 
     @property
     def token_workload(self) -> NDArray[np.int64]:

@@ -76,7 +76,7 @@ def miniature(problem: Problem) -> Problem:
     num_layers = min(2, problem.num_layers)
     spare = problem.num_slots > problem.num_experts
     slots = EXPERTS // RANKS + spare
-    num_scenarios = 1 if problem.scenario_load is None else problem.num_workloads + 1
+    num_scenarios = 1 if problem.scenario_load is None else 2 * problem.num_workloads
     count = TOKENS * num_scenarios
     top_k = 1 if problem.tokens is None else min(problem.tokens.shape[2], EXPERTS // 2)
     chosen = np.argsort(rng.random((count, num_layers, EXPERTS)))[:, :, :top_k]
@@ -104,7 +104,7 @@ def miniature(problem: Problem) -> Problem:
         "batch": np.arange(count) // TOKENS,
         "scenario_load": np.broadcast_to(load + 1, (num_scenarios, *load.shape)),
         "scenario": np.arange(count) // TOKENS,
-        "workload": np.minimum(np.arange(num_scenarios), problem.num_workloads - 1),
+        "workload": np.arange(num_scenarios) % problem.num_workloads,
         "rank_speed": np.ones(RANKS),
         "rank_slots": np.full((num_layers, RANKS), slots),
         "pinned": pinned,

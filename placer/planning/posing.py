@@ -109,6 +109,7 @@ def build_problem(source: TraceSource, settings: Settings, progress: Progress) -
             latency_load_us=load_us,
             latency_message_us=message_us,
             scenario_load=None if scenarios is None else scenarios.load,
+            folds=scenarios is not None and scenarios.folds,
             scenario=sample.scenario,
             workload=None if scenarios is None else scenarios.workload,
             robust=settings.robust or "mean",

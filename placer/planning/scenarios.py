@@ -35,6 +35,7 @@ class Scenarios:
 
     Attributes:
         load: [C, L, E] token-expert pairs.
+        folds: they are folds of each workload's requests.
         requests: [R] request ids, increasing, and
         of_request: [R] the scenario of each; None when `sample` says it.
         workload: [C] workload of each scenario; None = all to one.
@@ -44,6 +45,7 @@ class Scenarios:
     """
 
     load: NDArray[np.float64]
+    folds: bool = False
     requests: NDArray[np.int64] | None = None
     of_request: NDArray[np.int64] | None = None
     workload: NDArray[np.int64] | None = None
@@ -92,7 +94,7 @@ def request_scenarios(source: TraceSource, settings: Settings) -> Scenarios | No
                 f"{source.name} has one workload only ({names[0]})",
                 "give several traces, or one whose requests have labels (docs/traces.md)",
             )
-    fold = np.zeros(requests.size, np.int64)
+    folds, fold = 1, np.zeros(requests.size, np.int64)
     if settings.averaged_over == "requests":
         fewest = int(np.bincount(workload).min())
         folds = max(1, min(FOLDS, fewest // LEAST_REQUESTS))
@@ -106,7 +108,7 @@ def request_scenarios(source: TraceSource, settings: Settings) -> Scenarios | No
         return None
     of_scenario = distinct // FOLDS if settings.robust is not None else None
     load = _loads(source, requests, scenario, distinct.size)
-    return Scenarios(load, requests, scenario, of_scenario, names)
+    return Scenarios(load, folds > 1, requests, scenario, of_scenario, names)
 
 
 def _loads(

@@ -60,7 +60,7 @@ def scenario_imbalance_bound(problem: Problem) -> float:
 
 
 def _over_scenarios(problem: Problem, loads: Floats) -> float:
-    found = np.array([imbalance_bound(problem, load) for load in loads])
+    found = np.array([imbalance_bound(problem, load) for load in problem.judged(loads)])
     if problem.workload is None:
         return float(found.mean())
     return float(

@@ -69,6 +69,20 @@ def test_imbalance_over_scenarios_is_the_mean_of_theirs(seed):
     assert objective(replace(problem, objective="balance"), figures) == pytest.approx(expected)
 
 
+def test_balance_over_folds_is_that_of_what_is_left_without_each():
+    problem = split_problem(3)
+    left = problem.scenario_load.sum(axis=0) - problem.scenario_load
+    placement = random_placement(problem, np.random.default_rng(3))
+    found = check(replace(problem, folds=True), placement)["imbalance_scenarios"]
+    expected = check(replace(problem, scenario_load=left), placement)["imbalance_scenarios"]
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_workload_needs_two_folds():
+    with pytest.raises(ValueError, match="two folds"):
+        split_problem(3, workload=[0, 1, 1], folds=True)
+
+
 @pytest.mark.parametrize("robust", ["mean", "worst", "cvar"])
 def test_workloads_count_alike_and_are_summed_up_as_asked(robust):
     problem = split_problem(1, workload=[0, 1, 1], robust=robust)

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from solvers.anneal import SQUARE_SHARE, pack_bits
-from solvers.anneal_replicas import anneal_layer_replicas, serve_layer
+from solvers.anneal_replicas import DAMPING, SWEEPS, anneal_layer_replicas, fill_load, serve_layer
+from solvers.layers import prepare
+from solvers.problem import Problem
 
 
-def figures_from_scratch(tokens, slots, relative, groups, weights):
+def figures_from_scratch(tokens, slots, relative, groups, weights, steering):
     """Traffic of a token and rank load / mean [G], as the kernel's module describes them."""
     num_ranks = groups[0]
     width = slots.size // num_ranks
@@ -35,8 +37,8 @@ def figures_from_scratch(tokens, slots, relative, groups, weights):
     for e, ranks in where.items():
         if len(ranks) == 1:
             load[ranks[0]] += relative[e]
-    for e in sorted(where):
-        ranks = where[e]
+    split = {}
+    for e, ranks in where.items():
         if len(ranks) == 1:
             continue
         away = 1 - len(ranks) / num_ranks
@@ -46,23 +48,24 @@ def figures_from_scratch(tokens, slots, relative, groups, weights):
             share = len((users[e] & ranks_single[g]) - others) / max(1, len(users[e]))
             bound += share
             load[g] += relative[e] * (away * share + 1 / num_ranks)
-        free = relative[e] * away * (1 - bound)
-        low, high = min(load[g] for g in ranks), max(load[g] for g in ranks) + free
-        for _ in range(200):  # the water level
-            level = (low + high) / 2
-            if sum(max(0.0, level - load[g]) for g in ranks) < free:
-                low = level
-            else:
-                high = level
-        for g in ranks:
-            load[g] = max(load[g], high)
+        split[e] = np.full(len(ranks), relative[e] * away * (1 - bound) / len(ranks))
+    for e, parts in split.items():
+        load[where[e]] += parts
+    for e in sorted(split) * SWEEPS:
+        ranks = where[e]
+        share = np.exp(-steering * load[ranks])
+        change = DAMPING * (split[e].sum() * share / share.sum() - split[e])
+        split[e] = split[e] + change
+        load[ranks] += change
     return traffic / len(tokens), load
 
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("num_nodes", [1, 2])
-@pytest.mark.parametrize("proposals", [0, 1, 40, 400])
-def test_the_running_figures_are_those_of_the_slots_that_come_back(seed, num_nodes, proposals):
+@pytest.mark.parametrize(("proposals", "steering"), [(0, 1.0), (1, 1.0), (40, 6.0), (400, 2.0)])
+def test_the_running_figures_are_those_of_the_slots_that_come_back(
+    seed, num_nodes, proposals, steering
+):
     num_experts, num_ranks, width = 8, 4, 3
     rng = np.random.default_rng(seed)
     tokens = np.stack([rng.permutation(num_experts)[:3] for _ in range(90)]).astype(np.int64)
@@ -80,13 +83,13 @@ def test_the_running_figures_are_those_of_the_slots_that_come_back(seed, num_nod
         bits, np.array([0, bits.shape[1]]), np.array([1 / len(tokens)]), groups, row_prices,
         relative[None], np.array([0.7]), np.ones(num_ranks),
         np.ones((num_experts + 1, num_ranks), bool), 0.0, slots, np.arange(slots.size), 0.3, 0.999,
-        proposals, seed, np.arange(num_experts), np.zeros(1, np.int64),
+        proposals, seed, np.arange(num_experts), steering, np.zeros(1, np.int64),
     )  # fmt: skip
     assert set(slots.tolist()) >= set(range(num_experts))
     for row in slots.reshape(num_ranks, width):
         held = row[row >= 0]
         assert len(set(held.tolist())) == held.size
-    traffic, load = figures_from_scratch(tokens, slots, relative, groups, weights)
+    traffic, load = figures_from_scratch(tokens, slots, relative, groups, weights, steering)
     squares = SQUARE_SHARE * (load**2).mean()
     assert best == pytest.approx(traffic + 0.7 * (load.max() + squares), abs=1e-6)
     if proposals == 400:
@@ -110,3 +113,43 @@ def test_serving_without_replicas_is_the_span_less_the_home_rank():
         expected[t % 2] += len(set(used) - {h}) + 10 * len(nodes)
     assert (traffic == expected).all()
     assert (load == [np.bincount(ranks[c::2].ravel(), minlength=4) for c in (0, 1)]).all()
+
+
+def test_the_share_of_free_tokens_is_near_that_of_homes_which_count_for_themselves():
+    """Two copies of expert 0 on ranks of unlike load; the share that the colder one serves."""
+    rng = np.random.default_rng(0)
+    count, num_ranks = 40000, 4
+    others = rng.choice([1, 2, 3, 4], size=count, p=[0.45, 0.15, 0.2, 0.2])
+    used = rng.random(count) < 0.5
+    tokens = np.stack([np.where(used, 0, others), np.full(count, -1)], axis=1)
+    slots = np.array([0, 1, 0, 2, 3, -1, 4, -1])  # ranks 0 and 1 hold expert 0
+    shares = {}
+    for size in (8, 64):  # tokens of a home in a batch
+        home = np.full(count, 3)
+        batch = np.arange(count) // size
+        load = np.zeros((1, num_ranks))
+        zero = np.zeros(count, np.int64)
+        serve_layer(
+            tokens, slots, 5, 1, home, batch, zero, zero, np.ones(num_ranks), load, np.zeros(1)
+        )
+        served = load[0] / load.mean()
+        relative = np.bincount(tokens[tokens >= 0], minlength=6)[:6] / load.mean()
+        problem = Problem(
+            load=relative[None, :5], num_ranks=num_ranks, slots_per_rank=2, ranks_per_node=4,
+            tokens=tokens[:, None], home=home, batch=batch,
+        )  # fmt: skip
+        estimate = np.zeros(num_ranks)
+        copies, where = (
+            np.array([2, 1, 1, 1, 1]),
+            np.array([[0, 1], [0, 0], [1, 0], [2, 0], [3, 0]]),
+        )
+        fill_load(
+            np.append(relative[:5], 0.0), np.full(5, count), copies, where,
+            np.zeros((5, 2), np.int64), np.ones(num_ranks), prepare(problem).steering,
+            np.zeros((5, 2)), estimate,
+        )  # fmt: skip
+        shares[size] = served, estimate
+    for served, estimate in shares.values():
+        assert abs(served[:2] - estimate[:2]).max() < 0.25
+    assert shares[8][0][0] > shares[64][0][0]
+    assert shares[8][1][0] > shares[64][1][0]

@@ -23,6 +23,10 @@ def problem_with(num_workloads, robust="mean"):
     )  # fmt: skip
 
 
+def candidate_with(traffic, imbalance, moves=0, width=2):
+    return Candidate(NO_SLOTS, traffic, imbalance, moves, width)
+
+
 @st.composite
 def pools(draw, num_workloads=1):
     def figures(low, high):
@@ -30,10 +34,9 @@ def pools(draw, num_workloads=1):
         return np.array(draw(numbers))
 
     def candidate():
-        return Candidate(
-            NO_SLOTS, figures(0.5, 4.0), figures(1.0, 3.0), draw(st.integers(0, 5)),
-            draw(st.integers(2, 4)),
-        )  # fmt: skip
+        return candidate_with(
+            figures(0.5, 4.0), figures(1.0, 3.0), draw(st.integers(0, 5)), draw(st.integers(2, 4))
+        )
 
     return [[candidate() for _ in range(draw(st.integers(1, 4)))]
             for _ in range(draw(st.integers(1, 4)))]  # fmt: skip
@@ -102,8 +105,8 @@ def test_one_layer_is_solved_exactly(pool, cap):
 def test_the_price_of_a_cap_is_what_imbalance_trades_for():
     """Two layers, each 1 message for 0.5 of imbalance; the cap allows half of it."""
     pool = [
-        Candidate(NO_SLOTS, np.array([3.0]), np.array([1.0]), 0, 2),
-        Candidate(NO_SLOTS, np.array([2.0]), np.array([1.5]), 0, 2),
+        candidate_with(np.array([3.0]), np.array([1.0])),
+        candidate_with(np.array([2.0]), np.array([1.5])),
     ]
     found = prices([pool, pool], problem_with(1), Caps(1.25))
     assert found.imbalance == pytest.approx((2.0,))
@@ -112,8 +115,8 @@ def test_the_price_of_a_cap_is_what_imbalance_trades_for():
 def test_a_workload_that_fares_worst_sets_the_price():
     """No candidate helps the first workload; only the second one's traffic can matter."""
     pool = [
-        Candidate(NO_SLOTS, np.array([1.0, 5.0]), np.ones(2), 0, 2),
-        Candidate(NO_SLOTS, np.array([2.0, 4.0]), np.ones(2), 0, 2),
+        candidate_with(np.array([1.0, 5.0]), np.ones(2)),
+        candidate_with(np.array([2.0, 4.0]), np.ones(2)),
     ]
     worst = problem_with(2, "worst")
     assert choose([pool], worst, Caps())[0] is pool[1]
@@ -123,8 +126,8 @@ def test_a_workload_that_fares_worst_sets_the_price():
 
 def test_an_unattainable_cap_asks_for_balance():
     pool = [
-        Candidate(NO_SLOTS, np.array([1.0]), np.array([2.0]), 0, 2),
-        Candidate(NO_SLOTS, np.array([2.0]), np.array([1.5]), 0, 2),
+        candidate_with(np.array([1.0]), np.array([2.0])),
+        candidate_with(np.array([2.0]), np.array([1.5])),
     ]
     assert choose([pool], problem_with(1), Caps(1.2))[0] is pool[1]
     assert prices([pool], problem_with(1), Caps(1.2)).imbalance == pytest.approx((ELASTIC_PRICE,))
