@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from placer.errors import PlacerError
 from placer.evaluation import evaluate
@@ -13,6 +13,7 @@ from placer.planning import (
     CAPPED_SOLVERS,
     Progress,
     Settings,
+    bounds_of_results,
     build_problem,
     check_solver,
     placement_of,
@@ -20,6 +21,9 @@ from placer.planning import (
     split_sources,
 )
 from placer.trace.source import TraceSource
+
+if TYPE_CHECKING:
+    from solvers import Result
 
 FORMAT = "placer.comparison"
 SCHEMA_VERSION = 1
@@ -55,6 +59,7 @@ def compare_solvers(
     parts = split_sources(sources, settings)
     problem = build_problem(parts.fit, settings, progress)
     rows: list[dict[str, Any]] = []
+    results: list[Result] = []
     failed: list[dict[str, str]] = []
     first_error: PlacerError | None = None
     judged = {"requests": 0, "tokens": 0}
@@ -78,6 +83,7 @@ def compare_solvers(
             replica_policy=settings.replica_policy,
             seed=settings.seed,
         )
+        results.append(result)
         judged = {"requests": evaluation.requests, "tokens": evaluation.tokens}
         rows.append(
             {
@@ -94,6 +100,11 @@ def compare_solvers(
         )
     if not rows and first_error is not None:
         raise first_error
+    progress("proving bounds")
+    for row, bound in zip(rows, bounds_of_results(problem, results), strict=True):
+        if bound is not None:
+            row |= {"lower_bound": bound.lower_bound, "bound_of": "objective", "gap": bound.gap}
+            row["bound_max_imbalance"] = bound.max_imbalance
     return {
         "format": FORMAT,
         "schema_version": SCHEMA_VERSION,

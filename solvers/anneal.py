@@ -105,10 +105,14 @@ def add_tokens(planes: Any, tokens: Any, carry: Any) -> None:
         carry[w] = tokens[w]
     for p in range(planes.shape[0]):
         plane = planes[p]
+        left = np.uint64(0)
         for w in range(carry.size):
             both = plane[w] & carry[w]
             plane[w] ^= carry[w]
             carry[w] = both
+            left |= both
+        if left == 0:
+            break
 
 
 @compiled

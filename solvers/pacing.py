@@ -12,11 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from solvers.budget import Budget
-from solvers.layers import Layers, Slots, anneal
+from solvers.layers import Layers, anneal
 from solvers.parallel import available_cores
 
 SHARE = 0.75  # of the remaining time that anneals are planned to take
-PILOT = 1024  # proposals
+PILOT = 8192  # proposals
 PILOT_PRICE = 2.0  # of imbalance
 LEAST = 4  # proposals per expert
 FIRST_PART = 8  # times fewer proposals in the part that tells how long parts take
@@ -40,22 +40,25 @@ def paced(layers: Layers, seed: int, budget: Budget, anneals: float, candidates:
     prices = layers.uniform_prices(PILOT_PRICE)
     num_layers, cores = layers.problem.num_layers, available_cores()
 
-    def annealed(number: int) -> Slots:
-        layer = number % num_layers
-        return anneal(
-            layers, layer, layers.start(layer, width), width, prices, proposals=PILOT,
-            seed=(seed, layer),
-        )  # fmt: skip
+    def made(proposals: int) -> None:
+        """A candidate by an anneal of so many proposals."""
+        slots = anneal(
+            layers, 0, layers.start(0, width), width, prices, proposals=proposals, seed=(seed,)
+        )
+        layers.candidate(0, slots, width)
+
+    def seconds(proposals: int) -> float:
+        """That it takes, on all cores at once."""
+        start = budget.elapsed()
+        list(executor.map(made, [proposals] * cores))
+        return (budget.elapsed() - start) / cores
 
     with ThreadPoolExecutor(cores) as executor:
-        start = budget.elapsed()
-        found = list(executor.map(annealed, range(cores)))
-        middle = budget.elapsed()
-        list(executor.map(lambda slots: layers.candidate(0, slots, width), found))
-        end = budget.elapsed()
-    proposal, candidate = (middle - start) / cores / PILOT, (end - middle) / cores
+        seconds(1)  # first calls are slow
+        candidate = seconds(1)
+        proposal = max(1e-9, (seconds(PILOT) - candidate) / PILOT)
     spare = SHARE * budget.remaining() - candidates * num_layers * candidate
-    affordable = spare / (anneals * num_layers * max(proposal, 1e-9))
+    affordable = spare / (anneals * num_layers * proposal)
     least = LEAST * layers.problem.num_experts
     return replace(layers, most_proposals=max(least, int(affordable)))
 

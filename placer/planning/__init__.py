@@ -1,6 +1,6 @@
 """From traces to plans: split the requests, pose the problem, solve it, judge what comes out."""
 
-from placer.planning.certifying import Certificate, certify_plan
+from placer.planning.certifying import Certificate, bounds_of_results, certify_plan
 from placer.planning.frontier import Frontier, make_frontier
 from placer.planning.making import (
     cap_warnings,
@@ -35,6 +35,7 @@ __all__ = [
     "Parts",
     "Progress",
     "Settings",
+    "bounds_of_results",
     "build_problem",
     "cap_warnings",
     "certificate_of",

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from solvers import Budget, Problem, Result
     from solvers.bounds.bound import Bound
 
-DEFAULT_EFFORT, TRAFFIC_EFFORT = 3.0, 8.0
+DEFAULT_EFFORT, TRAFFIC_EFFORT, COMPARISON_EFFORT = 3.0, 8.0, 16.0
 """Nominal seconds per proof where no time was given: the same bytes on every machine."""
 PROOF_SHARE = 0.2
 """Of a time limit, that is kept for the proof."""
@@ -52,6 +52,22 @@ def bounds_of_result(
     if budget.seconds is not None:  # what compiling took was no time of the search's
         left = max(budget.remaining(), PROOF_SHARE * budget.seconds)
     return certify(problem, result.placement, budget.other(left, effort), [own])
+
+
+def bounds_of_results(problem: Problem, results: Sequence[Result]) -> list[Bound | None]:
+    """Bounds on the messages of several results, each among plans that are as balanced.
+
+    None where the solvers' own bound is all there is: other objectives, nodes, replicas.
+    """
+    from solvers import Budget
+    from solvers.bounds.span import bounds_as_balanced
+
+    figure, found = figure_of_objective(problem), []
+    if problem.objective == "traffic" and figure not in (None, "objective"):
+        assert figure is not None
+        parts = [result.parts for result in results]
+        found = bounds_as_balanced(problem, figure, parts, Budget(effort=COMPARISON_EFFORT))
+    return list(found) or [None] * len(results)
 
 
 def figure_of_objective(problem: Problem) -> str | None:

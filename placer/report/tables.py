@@ -39,6 +39,7 @@ NODE_FIGURES = (
     "cross_node_fraction",
 )
 
+GAP_NOTE = "gap: in-sample, to plans that are as balanced"
 SCOPES = {
     "held-out": "held-out: requests that the plan was not fitted to",
     "unseen": "unseen: a trace that the plan was not fitted to",
@@ -191,6 +192,8 @@ def comparison_table(document: Mapping[str, Any]) -> list[RenderableType]:
             f"{row['seconds']:.2f} s",
         ]
         table.add_row(*(cell for cell in cells if cell is not None))
+    if any(row.get("bound_max_imbalance") is not None for row in document["rows"]):
+        table.caption = f"{table.caption}; {GAP_NOTE}"
     failed = [
         f"[red]{entry['solver']}:[/] {escape(entry['error'])}" for entry in document["failed"]
     ]

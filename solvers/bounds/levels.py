@@ -88,7 +88,7 @@ class Levels:
         for interval in tied:
             if interval.columns is None or not interval.columns.done:
                 return interval
-        for interval in tied:
+        for interval in tied if price > 0 else []:
             lost = price * (interval.high - interval.low)
             if lost > _NARROW * max(self.cheap, interval.proven):
                 return interval

@@ -15,7 +15,7 @@ from solvers import Budget, capped_imbalance, names, solve
 from solvers.bounds import columns_kernels as kernels
 from solvers.bounds.certifying import certify
 from solvers.bounds.columns import Columns, LayerTokens, RankLoads
-from solvers.bounds.span import columns_total
+from solvers.bounds.span import bounds_as_balanced, columns_total
 from solvers.bounds.token_sets import TokenSets
 from solvers.check import check
 
@@ -154,6 +154,21 @@ def test_no_bound_under_a_cap_is_above_a_placement_that_keeps_it(problem, seed):
             for parts, imbalance in zip(values, reached, strict=True):
                 if imbalance <= cap * (1 + 1e-9):
                     assert bound.lower_bound <= parts[bound.figure] + 1e-9
+
+
+def test_bounds_of_several_placements_hold_for_each_and_for_all_that_are_as_balanced():
+    problem = make_problem(topic_tokens(5, num_tokens=200, num_layers=2), 16, 4, 4)
+    found = [solve(replace(problem, max_imbalance=cap), "local_search") for cap in (1.05, 1.3, 2.0)]
+    parts = [result.parts for result in found]
+    bounds = bounds_as_balanced(problem, "messages_alltoall", parts, Budget(effort=3.0))
+    again = bounds_as_balanced(problem, "messages_alltoall", parts, Budget(effort=3.0))
+    assert [bound.lower_bound for bound in bounds] == [bound.lower_bound for bound in again]
+    for bound in bounds:
+        for figures in parts:
+            if figures["imbalance"] <= bound.max_imbalance:
+                assert bound.lower_bound <= figures["messages_alltoall"] + 1e-9
+    assert all(bound.gap < 0.1 for bound in bounds)
+    assert bounds_as_balanced(problem, "messages_alltoall", parts, Budget(effort=0.0)) == []
 
 
 @pytest.mark.parametrize("homes", [True, False])
