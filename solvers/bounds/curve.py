@@ -17,11 +17,12 @@ from solvers.bounds.columns import MAX_WORK, PAIR_S, Columns, LayerTokens, RankL
 from solvers.bounds.levels import Levels, priced
 from solvers.bounds.load import rank_load_bound
 from solvers.bounds.token_sets import TokenSets
-from solvers.bounds.traffic import layer_bounds
 from solvers.budget import Budget
 from solvers.layers import anneal, prepare
 from solvers.parallel import stopping
 from solvers.problem import Problem
+
+Floats = NDArray[np.float64]
 
 THREADS = 2
 _PROPOSALS = 300  # times E, of a search for a placement to start from
@@ -58,10 +59,14 @@ class Curve:
     spent: float
 
     @staticmethod
-    def of(problem: Problem, figure: str, cap: float, budget: Budget) -> Curve | None:
-        """Nothing is proven yet; None where columns prove nothing, or only at too much effort.
+    def of(
+        problem: Problem, figure: str, cheap: Floats, cap: float, budget: Budget
+    ) -> Curve | None:
+        """Nothing more than `cheap` yet; None where columns prove nothing, or at too much effort.
 
         Args:
+            figure: span, messages_alltoall or messages_coherent.
+            cheap: [L] bounds on it, of all tokens of a layer.
             cap: what imbalance is of most interest; infinite: none.
         """
         tokens, num_ranks, num_experts = problem.tokens, problem.num_ranks, problem.num_experts
@@ -80,7 +85,7 @@ class Curve:
             scale, less = 2.0, (tokens >= 0).any(axis=2).sum(axis=0).astype(np.float64)
         elif figure == "messages_alltoall" and not by_home:
             scale = 1 - 1 / num_ranks
-        cheap = layer_bounds(problem, figure) / scale + less
+        cheap = cheap / scale + less
         home = problem.home if by_home else None
         max_work = int(min(MAX_WORK, allowed / num_layers / _SEARCHES / PAIR_S))
         plain = Problem(

@@ -30,43 +30,25 @@ _CHEAP, _COLUMNS = "transport problems", "column generation"
 
 
 @prover("span")
-def span_cheaply(problem: Problem, parts: dict[str, float], budget: Budget) -> Bound | None:
-    """Pairs that ranks have room for."""
-    return _prove("span", problem, parts, None)
-
-
-@prover("span")
-def span_by_columns(problem: Problem, parts: dict[str, float], budget: Budget) -> Bound | None:
-    """Column generation."""
+def bound_span(problem: Problem, parts: dict[str, float], budget: Budget) -> Bound | None:
+    """Pairs that ranks have room for; columns."""
     return _prove("span", problem, parts, budget)
 
 
 @prover("messages_alltoall")
-def messages_cheaply(problem: Problem, parts: dict[str, float], budget: Budget) -> Bound | None:
-    """Pairs that ranks have room for, and experts that can be at the tokens' homes."""
-    return _prove("messages_alltoall", problem, parts, None)
-
-
-@prover("messages_alltoall")
-def messages_by_columns(problem: Problem, parts: dict[str, float], budget: Budget) -> Bound | None:
-    """Column generation."""
+def bound_messages(problem: Problem, parts: dict[str, float], budget: Budget) -> Bound | None:
+    """Pairs that ranks have room for, and experts that can be at the tokens' homes; columns."""
     return _prove("messages_alltoall", problem, parts, budget)
 
 
 @prover("messages_coherent")
-def coherent_cheaply(problem: Problem, parts: dict[str, float], budget: Budget) -> Bound | None:
-    """Pairs and flow that ranks have room for."""
-    return _prove("messages_coherent", problem, parts, None)
-
-
-@prover("messages_coherent")
-def coherent_by_columns(problem: Problem, parts: dict[str, float], budget: Budget) -> Bound | None:
-    """Column generation for the span."""
+def bound_coherent(problem: Problem, parts: dict[str, float], budget: Budget) -> Bound | None:
+    """Pairs and flow that ranks have room for; columns for the span."""
     return _prove("messages_coherent", problem, parts, budget)
 
 
 @prover("objective")
-def traffic_by_columns(problem: Problem, parts: dict[str, float], budget: Budget) -> Bound | None:
+def bound_traffic(problem: Problem, parts: dict[str, float], budget: Budget) -> Bound | None:
     """Messages by columns, and messages between nodes by the pairs that these have room for."""
     figure = f"messages_{problem.dispatch}"
     if problem.objective != "traffic" or problem.link_cost is not None or figure not in parts:
@@ -82,41 +64,24 @@ def traffic_by_columns(problem: Problem, parts: dict[str, float], budget: Budget
     return replace(messages, figure="objective", value=value, lower_bound=lower)
 
 
-def _prove(
-    figure: str, problem: Problem, parts: dict[str, float], budget: Budget | None
-) -> Bound | None:
-    """A bound on one figure; a budget asks for columns."""
+def _prove(figure: str, problem: Problem, parts: dict[str, float], budget: Budget) -> Bound | None:
+    """The cheap bound on one figure, or that of columns where there is time for it."""
     if problem.tokens is None or figure not in parts:
         return None
     start = time.perf_counter()
-    total, cap = float(layer_bounds(problem, figure).sum()), np.inf
-    if budget is not None:
+    cheap = layer_bounds(problem, figure)
+    total, method, cap = float(cheap.sum()), _CHEAP, np.inf
+    if not budget.expired():
         if problem.max_imbalance is not None:
             cap = max(problem.max_imbalance, capped_imbalance(parts))
-        found = columns_total(problem, figure, cap, budget)
-        if found is None or found <= total:
-            return None
-        total = found
-    lower = total / (len(problem.tokens) * problem.num_layers) * (1 - ROUNDING)
-    return Bound(
-        figure,
-        parts[figure],
-        max(0.0, lower),
-        _CHEAP if budget is None else _COLUMNS,
-        time.perf_counter() - start,
-        None if cap == np.inf else cap,
-    )
-
-
-def columns_total(problem: Problem, figure: str, cap: float, budget: Budget) -> float | None:
-    """Bound on a figure, summed over tokens and layers; None where columns prove nothing.
-
-    Args:
-        figure: span, messages_alltoall or messages_coherent.
-        cap: on imbalance, see `solvers.bounds.levels`; infinite: none.
-    """
-    curve = Curve.of(problem, figure, cap, budget)
-    return None if curve is None else curve.total(cap, budget)
+        curve = Curve.of(problem, figure, cheap, cap, budget)
+        found = -np.inf if curve is None else curve.total(cap, budget)
+        if found > total:
+            total, method = found, _COLUMNS
+    lower = max(0.0, total / (len(problem.tokens) * problem.num_layers) * (1 - ROUNDING))
+    seconds = time.perf_counter() - start
+    among = None if method == _CHEAP or cap == np.inf else cap
+    return Bound(figure, parts[figure], lower, method, seconds, among)
 
 
 def bounds_as_balanced(
@@ -132,9 +97,11 @@ def bounds_as_balanced(
         Empty where columns prove nothing.
     """
     caps = [capped_imbalance(figures) for figures in parts]
-    if not caps or (curve := Curve.of(problem, figure, float(np.median(caps)), budget)) is None:
+    if not caps or problem.tokens is None:
         return []
-    assert problem.tokens is not None
+    curve = Curve.of(problem, figure, layer_bounds(problem, figure), float(np.median(caps)), budget)
+    if curve is None:
+        return []
     count = len(problem.tokens) * problem.num_layers
     for number, cap in enumerate(caps):
         share = 1 / (len(caps) - number)

@@ -15,8 +15,10 @@ from solvers import Budget, capped_imbalance, names, solve
 from solvers.bounds import columns_kernels as kernels
 from solvers.bounds.certifying import certify
 from solvers.bounds.columns import Columns, LayerTokens, RankLoads
-from solvers.bounds.span import bounds_as_balanced, columns_total
+from solvers.bounds.curve import Curve
+from solvers.bounds.span import bounds_as_balanced
 from solvers.bounds.token_sets import TokenSets
+from solvers.bounds.traffic import layer_bounds
 from solvers.check import check
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -29,8 +31,9 @@ def proven(problem, placement):
     return {bound.figure: bound.lower_bound for bound in bounds}
 
 
-def columns_mean(problem, figure="span", budget=None):
-    total = columns_total(problem, figure, np.inf, budget or Budget())
+def columns_mean(problem, figure="span"):
+    curve = Curve.of(problem, figure, layer_bounds(problem, figure), np.inf, Budget())
+    total = curve.total(np.inf, Budget())
     return total / (len(problem.tokens) * problem.num_layers)
 
 
@@ -104,7 +107,8 @@ def test_the_same_bound_twice():
 
 def test_columns_prove_nothing_with_redundant_slots_or_more_than_cheap_bounds_without_time():
     problem = make_problem(topic_tokens(2, num_layers=1), 16, 4, 4)
-    assert columns_total(replace(problem, slots_per_rank=5), "span", np.inf, Budget()) is None
+    spare = replace(problem, slots_per_rank=5)
+    assert Curve.of(spare, "span", layer_bounds(spare, "span"), np.inf, Budget()) is None
     placement = random_placement(problem, np.random.default_rng(0))
     (bound,) = certify(problem, placement, Budget(0.0), ["span"])
     assert bound.method == "transport problems"
