@@ -1,6 +1,7 @@
-"""Gaps that are proven for affinity and co-activation, and what the proofs cost.
+"""Gaps that are proven for affinity, co-activation, span and messages, and what the proofs cost.
 
     python benchmarks/certificates.py [--trace gpt_oss.npz] [--effort 120] [--large]
+    python benchmarks/certificates.py --trace gpt_oss.npz --traffic [--gpus 8] [--effort 60]
 
 Instances, all in-sample (a certificate is about the very data that it is computed on):
 
@@ -11,6 +12,8 @@ Instances, all in-sample (a certificate is about the very data that it is comput
 - with --trace, one of a model with 32 experts top-4 (GPT-OSS-20B): `trace` as it is; `primary`, the
   flow between first experts only; `paired`, a stand-in for a model of 26 x 64 top-6: layers l and
   l + 12 side by side, three experts of a token from each.
+- with --traffic: span and messages of plans for half of the trace's requests, under caps on
+  imbalance.
 - with --large: `topics` of 58 layers x 256 experts top-8.
 
 A proof may take --effort nominal seconds: 120 is what 60 s on two free cores are. It ends before
@@ -99,13 +102,40 @@ def instances(trace: Path | None, large: bool) -> dict[str, solvers.Problem]:
     return found
 
 
+def measure_traffic(trace: Path, num_ranks: int, effort: float) -> None:
+    """A table of what is proven about plans under caps."""
+    from placer.planning import Settings, build_problem, open_traces, split_sources
+
+    settings = Settings(num_ranks=num_ranks)
+    fit = split_sources(open_traces([trace]), settings).fit
+    problem = build_problem(fit, settings, lambda _: None)
+    print("| cap | figure | value | bound | gap | CPU s | by |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for cap in (None, 1.3, 1.1, 1.05):
+        asked = replace(problem, max_imbalance=cap)
+        result = solvers.solve(asked, "local_search")
+        for figure in ("span", "messages_alltoall"):
+            start = time.process_time()
+            (bound,) = certify(asked, result.placement, solvers.Budget(effort=effort), [figure])
+            print(
+                f"| {cap or 'none'} | {figure} | {bound.value:.4f} | {bound.lower_bound:.4f} "
+                f"| {100 * bound.gap:.1f} % | {time.process_time() - start:.0f} | {bound.method} |",
+                flush=True,
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trace", type=Path)
     parser.add_argument("--effort", type=float, default=120.0, help="CPU seconds per proof")
     parser.add_argument("--large", action="store_true")
     parser.add_argument("--only", default="")
+    parser.add_argument("--traffic", action="store_true", help="span and messages; needs --trace")
+    parser.add_argument("--gpus", type=int, default=8)
     arguments = parser.parse_args()
+    if arguments.traffic:
+        measure_traffic(arguments.trace, arguments.gpus, arguments.effort)
+        return
     solvers.solve(count(topics(2, 8, 2, 50), 8, 2), "pairwise")  # compiles
     print("| instance | objective | value | solve, CPU s | bound | gap | proof, s (CPU s) | by |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
