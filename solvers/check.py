@@ -98,7 +98,7 @@ def check(problem: Problem, placement: NDArray[np.integer]) -> dict[str, float]:
     if problem.tokens is not None:
         figures |= _token_figures(problem, copies)
         if problem.batch is not None:
-            figures |= _batch_figures(problem.tokens, problem.batch, copies)
+            figures |= _batch_figures(problem, copies)
     if problem.affinity is not None and problem.num_layers > 1:
         within = _flow_within(problem.affinity, copies)
         total = float(problem.affinity.sum())
@@ -414,9 +414,10 @@ def _rank_of_primary(
     return np.where(rank >= 0, rank, stay)
 
 
-def _batch_figures(
-    tokens: NDArray[np.integer], batch: NDArray[np.int64], copies: NDArray[np.bool_]
-) -> dict[str, float]:
+def _batch_figures(problem: Problem, copies: NDArray[np.bool_]) -> dict[str, float]:
+    tokens, batch = problem.tokens, problem.batch
+    assert tokens is not None
+    assert batch is not None
     num_layers, num_experts, _ = copies.shape
     _, number = np.unique(batch, return_inverse=True)
     num_batches = int(number.max(initial=-1)) + 1
@@ -426,8 +427,7 @@ def _batch_figures(
         key = (number[:, None] * num_experts + experts)[experts >= 0]
         load = np.bincount(key, minlength=num_batches * num_experts).reshape(num_batches, -1)
         rank_load = (load / copies[layer].sum(axis=1)) @ copies[layer]
-        mean = rank_load.mean(axis=1)
-        ratios.append((rank_load.max(axis=1)[mean > 0]) / mean[mean > 0])
+        ratios.append(_imbalance(problem, rank_load[rank_load.sum(axis=1) > 0]))
     ratio = np.concatenate(ratios)
     if ratio.size == 0:
         return {"imbalance_batch": 1.0, "imbalance_batch_p95": 1.0}

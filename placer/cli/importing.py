@@ -36,7 +36,7 @@ def import_(
             "--from",
             metavar="FORMAT",
             help="npz, sglang, routed-experts, vllm-load, tensorrt-llm, vllm-ascend, omni-infer, "
-            "matrix, table; plans also eplb, fastdeploy, rank-lists.",
+            "matrix, table; plans also vllm, eplb, fastdeploy, rank-lists.",
         ),
     ] = "npz",
     num_experts: Annotated[

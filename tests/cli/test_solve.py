@@ -295,7 +295,7 @@ def test_one_request_leaves_nothing_to_hold_out(trace, tmp_path):
 def test_an_empty_phase_is_an_error(trace, tmp_path):
     path = saved(tmp_path, trace.select(trace.phase == 0))
     error = fails(
-        1, tmp_path, "solve", path, "--gpus", 4, "--phase", "decode", "-o", tmp_path / "plan.json"
+        2, tmp_path, "solve", path, "--gpus", 4, "--phase", "decode", "-o", tmp_path / "plan.json"
     )
     assert "no tokens of phase decode" in error
     assert "240 prefill" in error

@@ -182,3 +182,12 @@ def test_a_problem_without_scenarios_is_one_workload():
     problem = Problem(load=np.ones((1, 4)), num_ranks=2, slots_per_rank=2, ranks_per_node=2)
     assert problem.num_workloads == 1
     assert "imbalance_scenarios" not in check(problem, np.arange(4)[None])
+
+
+def test_imbalance_over_batches_counts_load_by_what_is_fair_for_a_ranks_speed():
+    tokens = np.array([[[0]], [[2]], [[2]], [[3]]])
+    problem = make_problem(tokens, 4, 2, 2, batch=np.zeros(4, np.int64))
+    placement = np.arange(4)[None]
+    alike = check(problem, placement)["imbalance_batch"]
+    uneven = check(replace(problem, rank_speed=np.array([1.0, 3.0])), placement)
+    assert (alike, uneven["imbalance_batch"]) == (1.5, 1.0)

@@ -86,7 +86,10 @@ def test_a_bound_on_another_figure_does_not_make_the_objective_optimal(fake):
     fake(lambda *_: Solution(placement, lower_bound=1.0, bound_of="imbalance", optimal=True))
     result = solve(problem, "fake")
     assert (result.bound_of, result.gap, result.status) == ("imbalance", 0.0, "feasible")
-    assert solve(replace(problem, objective="balance"), "fake").status == "optimal"
+    cut = result.parts["coactivation_cut"]
+    fake(lambda *_: Solution(placement, lower_bound=cut, bound_of="coactivation_cut"))
+    assert solve(problem, "fake").status == "feasible"
+    assert solve(replace(problem, objective="coactivation"), "fake").status == "optimal"
 
 
 def test_a_broken_cap_is_infeasible_whatever_the_bound(fake):

@@ -35,3 +35,10 @@ def test_a_plan_that_keeps_the_cap_wins_over_a_cheaper_one_that_breaks_it():
         problem_of(topic_tokens(3, num_tokens=200), 16, 4, max_imbalance=1.15), objective="balance"
     )
     assert solvers.solve(problem, "auto").status != "infeasible"
+
+
+@pytest.mark.parametrize("objective", ["affinity", "coactivation"])
+def test_pairs_are_not_minimised_under_pins_and_auto_says_so(objective):
+    problem = problem_of(topic_tokens(0), 16, 4, objective=objective, pinned=np.full((5, 16), -1))
+    with pytest.raises(ValueError, match=f"no solver minimises {objective} and keeps pinned; "):
+        solvers.solve(problem, "auto")

@@ -187,7 +187,7 @@ def test_an_empty_phase_says_which_phases_there_are() -> None:
     with pytest.raises(PlacerError, match="has no tokens of phase decode") as caught:
         source.filtered(phase="decode")
     assert "3 prefill" in caught.value.hint
-    assert caught.value.exit_code == 1
+    assert caught.value.exit_code == 2
 
 
 def test_an_unknown_label_says_which_labels_there_are() -> None:
