@@ -1,4 +1,4 @@
-"""Who is dominated by whom: every method against placer's local search under several caps.
+"""Who is dominated by whom: every method against the frontier that placer gives.
 
     python benchmarks/published.py --trace FILE --gpus 4 8 16 --nodes 1 2 --spare 0 1 --json points
     python benchmarks/published.py --show points
@@ -6,8 +6,8 @@
 Every method is fitted to one half of the requests of the traces (by default the canned ones) and
 judged by replay of the other half, for each number of ranks, nodes and redundant slots per rank.
 Traffic is messages per token and layer, those between nodes at their price. A plan dominates
-another that is no better in traffic or imbalance, and worse in one of them. placer's caps bind
-imbalance over folds of the requests, its default, and over the whole trace (`trace, cap`).
+another that is no better in traffic or imbalance, and worse in one of them. placer's plans are
+those of `placer solve --pareto`, chosen and numbered on the fitted half.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from placer.planning import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-CAPS = (1.02, 1.05, 1.10, 1.20, 1.50, None)
 BATCH_TOKENS = 256
 
 
@@ -44,12 +43,12 @@ class Point:
     """One plan and its held-out figures.
 
     Attributes:
-        name: the method, or placer's with its cap.
+        name: the method, or the number of a plan on placer's frontier.
         mine: whether placer made it.
         messages, node_messages: per token and layer, between ranks and between nodes.
         traffic: what both cost.
         imbalance, batch_imbalance: max / mean rank load, of all tokens and within batches.
-        seconds: processor time of the solver.
+        seconds: processor time of the solver; of the whole frontier for each of its plans.
     """
 
     name: str
@@ -70,28 +69,10 @@ class Point:
         )
 
 
-def measure(
-    parts: Parts, settings: Settings, methods: Sequence[str], balance_over: Sequence[str]
-) -> Iterator[Point]:
-    """Fit and judge every method, and the local search under every cap."""
-    posed = build_problem(parts.fit, settings, lambda _: None)
-    whole = replace(posed, scenario_load=None, scenario=None, workload=None)
-    runs = [(name, whole, name) for name in methods]
-    for over in balance_over:
-        problem, word = (posed, "") if over == "requests" else (whole, "trace, ")
-        runs += [
-            ("local_search", replace(problem, max_imbalance=cap), f"placer, {word}cap {cap or '-'}")
-            for cap in CAPS
-        ]
-    for solver, problem, label in runs:
-        started = time.process_time()
-        try:
-            asked = replace(settings, solver=solver)
-            result = run_solver(problem, asked)
-        except PlacerError as error:
-            print(f"{label}: {error.message}", flush=True)
-            continue
-        seconds = time.process_time() - started
+def measure(parts: Parts, settings: Settings, methods: Sequence[str]) -> Iterator[Point]:
+    """Fit and judge every method, and the plans of the frontier."""
+    problem = build_problem(parts.fit, settings, lambda _: None)
+    for label, mine, result, seconds in fitted(problem, settings, methods):
         figures = evaluate(
             placement_of(problem, result),
             {},
@@ -105,7 +86,7 @@ def measure(
         crossing = figures.get(f"node_messages_{settings.dispatch}", {"value": 0.0})["value"]
         yield Point(
             name=label,
-            mine=solver == "local_search",
+            mine=mine,
             messages=messages,
             node_messages=crossing,
             traffic=messages + problem.node_weight * crossing,
@@ -113,6 +94,27 @@ def measure(
             batch_imbalance=figures["imbalance_batches_mean"]["value"],
             seconds=seconds,
         )
+
+
+def fitted(
+    problem: solvers.Problem, settings: Settings, methods: Sequence[str]
+) -> Iterator[tuple[str, bool, solvers.Result, float]]:
+    """What each plan is called, whether placer made it, the plan, and processor seconds."""
+    whole = replace(problem, scenario_load=None, scenario=None, workload=None, folds=False)
+    for name in methods:
+        started = time.process_time()
+        try:
+            result = run_solver(whole, replace(settings, solver=name))
+        except PlacerError as error:
+            print(f"{name}: {error.message}", flush=True)
+            continue
+        yield name, False, result, time.process_time() - started
+    started = time.process_time()
+    budget = solvers.Budget(settings.time_limit_s)
+    results = solvers.frontier(problem, seed=settings.seed, budget=budget)
+    seconds = time.process_time() - started
+    for number, result in enumerate(results):
+        yield f"placer, {number:02d}", True, result, seconds
 
 
 def table(points: Sequence[Point]) -> str:
@@ -165,7 +167,6 @@ def main() -> None:
     parser.add_argument("--dispatch", default="alltoall", choices=("alltoall", "coherent"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--time-limit", type=float, help="seconds for each solver")
-    parser.add_argument("--balance-over", nargs="*", default=["requests", "trace"])
     parser.add_argument("--json", type=Path, help="append a line per plan to this file")
     parser.add_argument("--show", type=Path, nargs="+", help="print such files, measure nothing")
     options = parser.parse_args()
@@ -189,7 +190,7 @@ def main() -> None:
         parts = split_sources(sources, settings)
         instance = f"{gpus} ranks, {nodes} nodes, {settings.slots_per_rank} slots per rank"
         points = []
-        for point in measure(parts, settings, methods, options.balance_over):
+        for point in measure(parts, settings, methods):
             points.append(point)
             if options.json:
                 with options.json.open("a") as file:

@@ -152,9 +152,10 @@ def rank_loads(problem: Problem, layer: int) -> RankLoads:
 
     Several workloads count alike, which is at most what `robust` makes of them.
     """
-    loads = problem.load[None] if problem.scenario_load is None else problem.scenario_load
-    number = len(loads)
-    workload = np.zeros(number, np.int64) if problem.workload is None else problem.workload
+    loads = problem.load[None]
+    if problem.scenario_load is not None:
+        loads = problem.judged(problem.scenario_load)
+    number, workload = len(loads), problem.workload_of_scenarios
     weight = 1 / np.bincount(workload)[workload] / problem.num_workloads
     here = loads[:, layer]
     mean = here.sum(axis=1) / problem.num_ranks

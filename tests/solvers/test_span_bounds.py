@@ -136,6 +136,8 @@ def balanced_problems(draw):
         if draw(st.booleans()):
             others["workload"] = np.array([0, 1, 1])
             others["robust"] = draw(st.sampled_from(["mean", "worst", "cvar"]))
+        else:
+            others["folds"] = draw(st.booleans())
     if draw(st.booleans()):
         others["rank_speed"] = 1 + rng.random(num_ranks)
     if draw(st.booleans()):
