@@ -16,7 +16,7 @@ serves first.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -26,11 +26,14 @@ from solvers.budget import Budget
 from solvers.coherent import Search, Steering, Visited, best_of, favourite, rounds
 from solvers.layers import Floats, Layers, Prices, Slots, Words
 from solvers.pacing import Pace
+from solvers.registry import get
 
 ROUNDS = 7
 SWEEPS = 12
 FIRST_HEAT, COLD = 3.0, 1 / 300
 HEATS = (1.0, 0.7, 0.5, 0.35, 0.25)  # of the anneals that go on from another, the last repeated
+LENDERS = ("eplb_global", "tensorrt_llm_cooccurrence")
+HURRY = 4  # times fewer proposals than usual leave no time to cool from the first heat
 MOST_PAIRS = 10_000_000  # of tokens and experts that walk with every sweep
 
 
@@ -120,16 +123,40 @@ class Filling:
         return best_of(self.visited, caps).placement
 
     def begin(self) -> None:
-        """Judge what there is: the placements without replicas, and the one in use."""
+        """Judge what there is: placements without replicas, the one in use, and borrowed ones."""
         placements = [found.placement for found in self.search.visited]
         if self.layers.problem.current is not None:
             placements.append(self.in_use())
+        placements += self.borrowed()
         self.visited = [self.judged(placement) for placement in placements]
 
+    def borrowed(self) -> list[list[Slots]]:
+        """What published methods make of the replicas, where nothing else is asked."""
+        problem = self.layers.problem
+        if problem.restrictions or problem.current is not None:
+            return []
+        solvers = [get(name) for name in LENDERS]
+        return [
+            list(solver.function(problem, self.search.seed, self.budget).placement)
+            for solver in solvers
+            if not self.budget.expired()
+            and all(getattr(problem, array) is not None for array in solver.needs)
+        ]
+
     def improved(self, prices: Prices, number: int, *, first: bool) -> Visited:
-        """One anneal, from what is best at the prices; hotter where nothing has replicas yet."""
-        start = favourite(self.visited, prices)
-        heat = FIRST_HEAT if first else HEATS[min(number, len(HEATS)) - 1]
+        """One anneal, from what is best at the prices.
+
+        The first is so hot that it forgets the replicas that it starts from, and so it starts from
+        a placement without; where time is too short to cool from there it is as cool as the last.
+        """
+        hurried = (
+            HURRY * self.layers.proposals < replace(self.layers, most_proposals=None).proposals
+        )
+        start, heat = favourite(self.visited, prices), HEATS[min(number, len(HEATS)) - 1]
+        if hurried:
+            heat = HEATS[-1]
+        elif first:
+            start, heat = favourite(self.visited[: len(self.search.visited)], prices), FIRST_HEAT
         found = self.judged(self.run(prices, number, start.placement, heat))
         self.visited.append(found)
         return found

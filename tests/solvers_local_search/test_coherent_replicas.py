@@ -240,6 +240,18 @@ def test_redundant_slots_save_messages_and_imbalance():
     assert spare.objective < copied.objective
 
 
+def test_with_hardly_any_time_it_is_no_worse_than_what_it_borrows(monkeypatch):
+    monkeypatch.setattr(Filling, "run", lambda self, prices, number, placement, heat: placement)
+    monkeypatch.setattr("solvers.coherent.anneal", lambda layers, layer, slots, *_, **__: slots)
+    problem = problem_of(topic_tokens(32, num_tokens=300), 16, 4, dispatch="coherent",
+                         home=np.arange(300) % 4, slots_per_rank=5)  # fmt: skip
+    lent = solvers.solve(problem, "eplb_global")
+    problem = replace(problem, max_imbalance=solvers.capped_imbalance(lent.parts))
+    result = solvers.solve(problem, "local_search")
+    assert result.status != "infeasible"
+    assert result.objective <= lent.objective + 1e-9
+
+
 def test_an_expert_that_everybody_uses_gets_copies():
     rng = np.random.default_rng(11)
     others = rng.integers(1, 16, (400, 2, 1))
