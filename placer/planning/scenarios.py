@@ -1,9 +1,9 @@
 """Scenarios that a plan's balance is asked of: folds of the requests, batches, workloads.
 
 The busiest rank of a layer is a maximum, and a plan that is fitted to one sample makes that
-sample's maximum small: on other requests it is larger. The mean over a few folds of the requests is
-close to what held-out requests show (docs/solvers.md), and over batches or workloads it is what
-each of them suffers.
+sample's maximum small: on other requests it is larger. The mean over the requests without each of a
+few folds is close to what held-out requests show (docs/adr/0016), and over batches or workloads it
+is what each of them suffers.
 """
 
 from __future__ import annotations

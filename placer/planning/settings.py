@@ -44,8 +44,8 @@ class Settings:
         model: preset or checkpoint whose dimensions count; None = those of the trace.
         kv_tokens, reserve: see `placer.models.memory_of`; with `model` and `cluster`.
         replica_policy: how a token chooses among copies when the plan is judged.
-        balance_over: what imbalance is the mean of while solving: folds of the `requests`, so that
-            a plan is not balanced by the chance of the sample alone; `batches` (forward passes);
+        balance_over: what imbalance is the mean of while solving: the `requests` without each of a
+            few folds, so that it comes out on others as asked for; `batches` (forward passes);
             `workloads` (labels, or traces); or the whole `trace` at once. None = by the requests,
             or for objective balance, which folds do not help, the trace.
         robust: what several workloads come to, see `solvers.Problem`; None = they are one.
