@@ -267,7 +267,7 @@ class Layers:
         return row.reshape(-1)
 
     def start(self, layer: int, width: int, *, replicas: bool | None = None) -> Slots:
-        """The current placement where it is allowed, else `spread`.
+        """The current placement, with the few changes that make it allowed; without one `spread`.
 
         Without `replicas` (unless said otherwise: where none are placed in one layer alone) an
         expert keeps one copy: the pinned one, or the first.
@@ -279,15 +279,60 @@ class Layers:
         if not (self.replicates if replicas is None else replicas):
             current = self._one_copy_each(layer, current)
         rows = current.reshape(problem.num_ranks, -1)
-        packed = np.take_along_axis(rows, np.argsort(rows < 0, axis=1, kind="stable"), axis=1)
-        filled = (packed >= 0).sum(axis=1)
-        if (filled > self.room(layer, width)).any():
+        held = [row[row >= 0].tolist() for row in rows]
+        if not self._made_allowed(layer, held, width):
             return self.spread(layer, width)
-        if problem.pinned is not None:
-            for expert in np.nonzero(problem.pinned[layer] >= 0)[0]:
-                if expert not in packed[problem.pinned[layer, expert]]:
-                    return self.spread(layer, width)
+        packed = np.full(rows.shape, -1, np.int64)
+        for rank, experts in enumerate(held):
+            packed[rank, : len(experts)] = experts
         return packed.reshape(-1)
+
+    def _made_allowed(self, layer: int, held: list[list[int]], width: int) -> bool:
+        """Change what ranks hold by few moves until room and pins are kept; False if stuck."""
+        problem = self.problem
+        room = self.room(layer, width)
+        pin = np.full(problem.num_experts, -1)
+        if problem.pinned is not None:
+            pin = problem.pinned[layer]
+        count = np.bincount(np.concatenate(held).astype(int), minlength=problem.num_experts)
+
+        def given_up(rank: int) -> int | None:
+            """An expert that leaves a rank, rather one with another copy."""
+            free = [expert for expert in held[rank] if pin[expert] != rank]
+            if not free:
+                return None
+            expert = max(free, key=lambda e: count[e])
+            held[rank].remove(expert)
+            count[expert] -= 1
+            return expert
+
+        for rank in range(problem.num_ranks):
+            while len(held[rank]) > room[rank]:
+                expert = given_up(rank)
+                if expert is None:
+                    return False
+                if count[expert] == 0:
+                    space = [int(room[other]) - len(held[other]) for other in range(len(held))]
+                    other = int(np.argmax(space))
+                    if space[other] <= 0:
+                        return False
+                    held[other].append(expert)
+                    count[expert] = 1
+        for expert in np.nonzero(pin >= 0)[0].tolist():
+            rank = int(pin[expert])
+            if expert in held[rank]:
+                continue
+            source = next(other for other, experts in enumerate(held) if expert in experts)
+            held[source].remove(expert)
+            if len(held[rank]) >= room[rank]:
+                victim = given_up(rank)
+                if victim is None:
+                    return False
+                if count[victim] == 0:
+                    held[source].append(victim)
+                    count[victim] = 1
+            held[rank].append(expert)
+        return True
 
     def _one_copy_each(self, layer: int, slots: Slots) -> Slots:
         """[S] without replicas."""

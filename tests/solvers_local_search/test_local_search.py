@@ -428,6 +428,19 @@ def test_pins_that_need_more_moves_than_allowed_are_infeasible(dispatch):
     problem = replace(base, pinned=pinned, current=current, max_moves=4)
     with pytest.raises(solvers.InfeasibleProblem, match="at most 4 allowed"):
         solvers.solve(problem, "local_search")
+    swapped = solvers.solve(replace(problem, max_moves=10), "local_search")  # 2 a layer
+    assert swapped.parts["moves"] == 10
+
+
+def test_a_rank_that_lost_slots_hands_on_no_more_than_it_must():
+    base = problem_of(topic_tokens(24, num_tokens=100), 16, 4, slots_per_rank=5)
+    rows = np.column_stack([np.arange(16).reshape(4, 4), [15, 0, 1, 2]])
+    current = np.tile(rows.reshape(-1), (5, 1))
+    room = np.tile([3, 5, 5, 5], (5, 1))  # what goes has another copy
+    pinned = np.full((5, 16), -1)
+    pinned[:, 1] = pinned[:, 3] = 0
+    problem = replace(base, current=current, rank_slots=room, pinned=pinned, max_moves=0)
+    assert solvers.solve(problem, "local_search").parts["moves"] == 0
 
 
 def test_a_cap_that_moves_could_keep_does_not_break_the_number_of_moves():
