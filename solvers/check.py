@@ -180,7 +180,7 @@ def _imbalance(problem: Problem, rank_load: NDArray[Any]) -> NDArray[np.float64]
     mean = rank_load.mean(axis=-1)
     worst = (rank_load / problem.fair_share).max(axis=-1)
     ratio: NDArray[np.float64] = np.divide(worst, mean, out=np.ones_like(mean), where=mean > 0)
-    return ratio
+    return np.maximum(ratio, 1.0)  # of equal loads rounding makes less
 
 
 def _over_scenarios(problem: Problem, rank_load: NDArray[Any]) -> float:

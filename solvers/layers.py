@@ -372,7 +372,7 @@ class Layers:
         """[workloads] imbalance from rank loads [C, G] in any unit, and the workload of each."""
         mean = load.mean(axis=1)
         worst = (load / self.problem.fair_share).max(axis=1)
-        ratio = np.divide(worst, mean, out=np.ones_like(mean), where=mean > 0)
+        ratio = np.maximum(np.divide(worst, mean, out=np.ones_like(mean), where=mean > 0), 1.0)
         of_workload: Floats = np.bincount(workload, ratio) / np.bincount(workload)
         return of_workload
 

@@ -33,7 +33,7 @@ from solvers.pacing import paced
 from solvers.parallel import available_cores, stopping
 from solvers.problem import Problem
 from solvers.registry import get, register
-from solvers.result import Solution
+from solvers.result import NoSolutionFound, Solution
 from solvers.selection import ELASTIC_PRICE, Caps, choose, prices
 
 # Prices of max / mean rank load, in messages per token and layer.
@@ -108,7 +108,10 @@ class Search:
             solver = get(name)
             if any(getattr(problem, array) is None for array in solver.needs):
                 continue
-            placement = solver.function(problem, self.seed, self.budget).placement
+            try:
+                placement = solver.function(problem, self.seed, self.budget).placement
+            except NoSolutionFound:  # the time is over
+                return
             for layer, slots in enumerate(placement):
                 width = problem.slots_per_rank
                 self.pools[layer].append(self.layers.candidate(layer, slots, width))

@@ -38,7 +38,7 @@ class Problem:
         dispatch: which traffic counts.
         objective: what to minimise.
         max_imbalance: cap on the mean over layers of max / mean rank load, over the scenarios where
-            there are any; None = no cap.
+            there are any (with `folds`, over what is left without each); None = no cap.
         scenario_load: [C, L, E] load in each scenario that balance is asked of: batches, workloads,
             or folds of the requests.
         folds: the scenarios are folds of each workload's requests. Balance is asked of what is left

@@ -65,7 +65,7 @@ def _kind(problem: Problem) -> tuple[object, ...]:
         value = getattr(problem, field.name)
         if isinstance(value, np.ndarray):
             found.append(str(value.dtype))
-        elif value is None or isinstance(value, str):
+        elif value is None or isinstance(value, (str, bool)):
             found.append(value)
     return tuple(found)
 

@@ -95,9 +95,9 @@ BalanceOver = Annotated[
     BalanceOverName | None,
     typer.Option(
         "--balance-over",
-        help="What imbalance is averaged over: folds of the requests (what unseen requests will "
-        "show), forward passes, workloads (labels, or traces), or the trace as a whole. "
-        "Default: requests; trace for objective balance.",
+        help="What imbalance is averaged over: the requests without each of a few folds (what "
+        "unseen ones will show), forward passes, workloads (labels, or traces), or the trace as "
+        "a whole. Default: requests; trace for objective balance.",
     ),
 ]
 Robust = Annotated[

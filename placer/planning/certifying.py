@@ -102,7 +102,8 @@ def with_bounds(
         known = found["lower_bound"]
         if bound.figure != own or abs(bound.value - found["value"]) > 1e-9:
             continue
-        if known is None or bound.lower_bound > known or found["bound_of"] != bound.figure:
+        same = found["bound_of"] in (bound.figure, "objective")
+        if known is None or bound.lower_bound > known or not same:
             found |= {
                 "bound_of": bound.figure,
                 "lower_bound": bound.lower_bound,
@@ -199,7 +200,7 @@ def certify_plan(
     problem = build_problem(part, settings, progress)
     if as_balanced:
         own = capped_imbalance(check.check(problem, placement.physical_to_logical))
-        problem = replace(problem, max_imbalance=own)
+        problem = replace(problem, max_imbalance=max(1.0, own))
     progress("proving bounds")
     bounds = certify(problem, placement.physical_to_logical, Budget(seconds), figures)
     return Certificate(

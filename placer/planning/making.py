@@ -90,13 +90,24 @@ def refuse_broken_cap(result: Result, settings: Settings) -> None:
     raise InfeasibleError(f"no placement was found with {found}", looser)
 
 
+CAP_SLACK = 0.02  # of imbalance on unseen requests, that is not worth a warning
+
+
 def cap_warnings(plan: Plan, settings: Settings) -> list[str]:
-    """That the cap which nobody asked for could not be kept, if so."""
+    """That the cap which nobody asked for could not be kept, or that unseen requests break one."""
     import solvers
 
     cap, reached = settings.max_imbalance, solvers.capped_imbalance(plan.certificate["parts"])
-    if not settings.cap_is_default or cap is None or reached <= cap:
+    if cap is None:
         return []
+    if reached <= cap or not settings.cap_is_default:
+        unseen = plan.prediction["metrics"]["imbalance"]["value"]
+        if plan.prediction["scope"] != "held-out" or unseen <= cap + CAP_SLACK:
+            return []
+        return [
+            f"the cap on imbalance, {cap:.2f}, is kept on the requests that the plan was fitted "
+            f"to; unseen ones have {unseen:.3f} (fit to more requests, or ask for less)"
+        ]
     when, way_out = "", "--slots-per-rank for replicas brings it down"
     if settings.max_moves is not None:
         way_out = f"{settings.max_moves} moves are too few: a higher --max-moves"

@@ -35,7 +35,7 @@ def bench_lines(document: Mapping[str, Any]) -> list[RenderableType]:
 
 def _speed(document: Mapping[str, Any]) -> list[RenderableType]:
     table = plain_table()
-    for name in ("placement", "dispatch", "tokens/s", "range", "plan is faster by", "range",
+    for name in ("placement", "dispatch", "tokens/s", "range", "plan's speed-up", "range",
                  "predicted", "error"):  # fmt: skip
         table.add_column(name, justify="left" if name in ("placement", "dispatch") else "right")
     for name, arm in document["arms"].items():
@@ -63,7 +63,7 @@ def _phases(document: Mapping[str, Any]) -> list[RenderableType]:
     table.add_column("placement")
     table.add_column("dispatch")
     for phase in ("prefill", "decode"):
-        for name in (phase, "plan is faster by", "predicted", "error"):
+        for name in (phase, "plan's speed-up", "predicted", "error"):
             table.add_column(name, justify="right")
     for name, arm in document["arms"].items():
         row = [escape(name), arm["dispatch"]]

@@ -64,7 +64,7 @@ def _summary(document: Document) -> list[str]:
     shape = (
         f"{len(plan['layer_ids'])} MoE layers of {plan['num_experts']} experts on "
         f"{plan['num_ranks']} ranks of {nodes} node{'s' if nodes > 1 else ''}; "
-        f"{plan['slots_per_rank']} slots per rank and layer, {replicas:g} replicas per layer; "
+        f"{plan['slots_per_rank']} slots per rank and layer, {replicas:.3g} replicas per layer; "
         f"dispatch {plan['dispatch']}."
     )
     how = (

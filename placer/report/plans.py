@@ -33,7 +33,7 @@ def plan_summary(document: Mapping[str, Any]) -> list[RenderableType]:
     lines: list[RenderableType] = [
         f"[bold]{escape(document['path'])}[/]: {layers} layers x {document['num_experts']} experts "
         f"on {document['num_ranks']} ranks ({nodes} node{'s' if nodes > 1 else ''}), {slots} slots "
-        f"per rank, {replicas / layers:g} replicas per layer, dispatch {document['dispatch']}"
+        f"per rank, {replicas / layers:.3g} replicas per layer, dispatch {document['dispatch']}"
     ]
     prediction, certificate = document["prediction"], document["certificate"]
     if prediction:

@@ -96,6 +96,7 @@ class Curve:
             tokens=tokens,
             home=home,
             scenario_load=problem.scenario_load,
+            folds=problem.folds,
         )
         stop = np.zeros(1, np.int64)
         with stopping(stop, budget), ThreadPoolExecutor(THREADS) as pool:

@@ -88,6 +88,7 @@ def _tokens_of(problem: Problem, chosen: NDArray[np.bool_]) -> Problem:
         batch=None,
         scenario=None,
         scenario_load=None,
+        folds=False,
         workload=None,
     )
 

@@ -66,6 +66,15 @@ def test_labels_are_workloads_and_folds_are_within_them(source):
     assert Counter(found.workload.tolist()) == {0: 2, 1: 2, 2: 2}  # 21 requests: 2 folds
 
 
+def test_a_plan_for_several_workloads_is_balanced_over_the_folds_of_each(source):
+    problem = build_problem(source, Settings(num_ranks=4, robust="worst"), NOTHING)
+    assert problem.folds
+    assert problem.num_workloads == 3
+    settings = Settings(num_ranks=4, robust="worst", in_sample=True, max_imbalance=1.5)
+    parts = make_plan([source], settings).certificate["parts"]
+    assert parts["imbalance_scenarios"] <= 1.5 + 1e-9
+
+
 def test_several_traces_are_workloads():
     parts = [MemorySource(topic_trace(seed=seed, num_requests=20)) for seed in (1, 2)]
     whole = split_sources(parts, Settings(num_ranks=4)).fit

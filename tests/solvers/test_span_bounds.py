@@ -125,19 +125,18 @@ def balanced_problems(draw):
         [[rng.choice(num_experts, 2, False, p) for p in skew] for _ in range(count)], np.int16
     )
     tokens[rng.random(tokens.shape[:2]) < 0.1] = -1
-    scenario = np.sort(rng.integers(0, 3, count))
-    scenario[[0, 1, 2]] = [0, 1, 2]
-    load = np.zeros((3, num_layers, num_experts))
+    scenario = np.sort(rng.integers(0, 4, count))
+    scenario[:4] = [0, 1, 2, 3]
+    load = np.zeros((4, num_layers, num_experts))
     row, layer, column = np.nonzero(tokens >= 0)
     np.add.at(load, (scenario[row], layer, tokens[row, layer, column]), 1.0)
     others = {}
     if draw(st.booleans()):
         others = {"scenario_load": load, "scenario": scenario}
         if draw(st.booleans()):
-            others["workload"] = np.array([0, 1, 1])
+            others["workload"] = np.array([0, 0, 1, 1])
             others["robust"] = draw(st.sampled_from(["mean", "worst", "cvar"]))
-        else:
-            others["folds"] = draw(st.booleans())
+        others["folds"] = draw(st.booleans())
     if draw(st.booleans()):
         others["rank_speed"] = 1 + rng.random(num_ranks)
     if draw(st.booleans()):
