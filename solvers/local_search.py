@@ -149,9 +149,11 @@ class Search:
             return layer, self.layers.candidate(layer, slots, width)
 
         with ThreadPoolExecutor(available_cores()) as executor:
-            for found in executor.map(run, jobs):
-                if found is not None:
-                    self.pools[found[0]].append(found[1])
+            # the pools stay as they are until all anneals that begin from them have ended
+            results = list(executor.map(run, jobs))
+        for found in results:
+            if found is not None:
+                self.pools[found[0]].append(found[1])
 
     def improve(
         self, caps: Sequence[Caps], *, warm: bool, around: Sequence[float] = AROUND

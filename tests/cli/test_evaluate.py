@@ -213,7 +213,7 @@ def test_an_empty_phase_is_an_error(trace, plan_path, tmp_path):
     path = tmp_path / "prefill.npz"
     write_npz(trace.select(trace.phase == 0), path)
     assert "no tokens of phase decode" in fails(
-        1, tmp_path, "evaluate", plan_path, path, "--phase", "decode"
+        2, tmp_path, "evaluate", plan_path, path, "--phase", "decode"
     )
 
 

@@ -32,13 +32,17 @@ from placer.cli.app import main
 main()
 """
 
-# Presses Ctrl-C when the plan is found and is being judged, then runs `placer`.
+# Presses Ctrl-C once, when the plan is found and is being judged, then runs `placer`.
 LATE_PROGRAM = """
 import os, signal
 from placer.planning import making
 
+presses = [1]
+
 def interrupted(*arguments, judge=making.evaluate, **options):
-    os.kill(os.getpid(), signal.SIGINT)
+    if presses:
+        presses.pop()
+        os.kill(os.getpid(), signal.SIGINT)
     return judge(*arguments, **options)
 
 making.evaluate = interrupted

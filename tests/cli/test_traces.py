@@ -232,7 +232,7 @@ def test_analyze_narrows_to_a_phase(trace_folder, tmp_path):
     path = tmp_path / "prefill.npz"
     source = open_trace(trace_folder).read()
     write_npz(source.select(source.phase == 0), path)
-    assert "no tokens of phase decode" in fails(1, tmp_path, "analyze", path, "--phase", "decode")
+    assert "no tokens of phase decode" in fails(2, tmp_path, "analyze", path, "--phase", "decode")
 
 
 def test_analyze_writes_its_graph_and_counts_once(trace_folder, tmp_path):

@@ -146,9 +146,10 @@ def test_a_time_limit_leaves_time_for_the_ranks_of_a_node(monkeypatch):
 
     monkeypatch.setattr(exflow, "place", spy)
     solve(problem, "exflow", time_limit=2.0)
-    assert nodes == [[16] * 4, [4] * 4, [4] * 4, [4] * 4, [4] * 4]
-    assert 0.9 < given[0] <= 1.0
-    assert all(seconds > 0 for seconds in given)
+    # before these a miniature was placed, to compile what is needed
+    assert nodes[-5:] == [[16] * 4, [4] * 4, [4] * 4, [4] * 4, [4] * 4]
+    assert 0.7 < given[-5] <= 1.0
+    assert all(seconds > 0 for seconds in given[-5:])
 
 
 def test_bisection_splits_the_ranks_into_halves_again_and_again(monkeypatch):

@@ -13,7 +13,7 @@ import solvers
 from solvers import Budget, check
 from solvers.coherent import coherent_traffic, match_labels
 from solvers.layers import prepare
-from solvers.local_search import local_search
+from solvers.local_search import Search, local_search
 
 from .cases import group_of, groups_used, problem_of, random_tokens, topic_tokens
 
@@ -469,3 +469,19 @@ def test_a_placement_in_use_must_be_sound(change):
     current[2, change[0]] = change[1]
     with pytest.raises(ValueError, match="current"):
         problem_of(topic_tokens(25, num_tokens=10), 16, 4, current=current)
+
+
+def test_anneals_of_a_round_begin_from_what_was_there_before_it(monkeypatch):
+    """Whatever thread ends first: else two runs with one seed differ."""
+    seen = {}
+    favourite = Search.favourite
+
+    def noted(search, layer, width, price):
+        seen.setdefault((search.rounds, layer), set()).add(len(search.pools[layer]))
+        return favourite(search, layer, width, price)
+
+    monkeypatch.setattr(Search, "favourite", noted)
+    tokens = topic_tokens(25, num_tokens=150)
+    solvers.solve(problem_of(tokens, 16, 4, max_imbalance=1.2), "local_search")
+    assert len(seen) == 2 * 5  # layers, in the rounds that go on from candidates
+    assert all(len(sizes) == 1 for sizes in seen.values())
