@@ -482,6 +482,6 @@ def test_anneals_of_a_round_begin_from_what_was_there_before_it(monkeypatch):
 
     monkeypatch.setattr(Search, "favourite", noted)
     tokens = topic_tokens(25, num_tokens=150)
-    solvers.solve(problem_of(tokens, 16, 4, max_imbalance=1.2), "local_search")
+    solvers.solve(problem_of(tokens, 16, 4, max_imbalance=1.01), "local_search")
     assert len(seen) == 2 * 5  # layers, in the rounds that go on from candidates
     assert all(len(sizes) == 1 for sizes in seen.values())
