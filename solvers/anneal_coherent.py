@@ -74,6 +74,22 @@ def cover_certain(
 
 
 @compiled
+def saved_next(
+    tokens: Any, rank: int, gain: Any, loss: Any, row_prices: Any, num_ranks: int, shrink: int,
+    segments: Any, token_prices: Any,
+) -> Any:  # fmt: skip
+    """What the next layer saves when tokens [W] enter it on a rank, see `anneal_layer_coherent`."""
+    saved = row_prices[rank] * (
+        both(tokens, gain[rank], segments, token_prices)
+        - both(tokens, loss[rank], segments, token_prices)
+    )
+    if gain.shape[0] > num_ranks:
+        node = num_ranks + rank // shrink
+        saved += row_prices[node] * both(tokens, gain[node], segments, token_prices)
+    return saved
+
+
+@compiled
 def measure_copies(
     bits: Any, primary_bits: Any, expert: int, num_copies: int, ranks: Any, once: Any, home: Any,
     gain: Any, loss: Any, row_prices: Any, num_ranks: int, shrink: int, segments: Any,
@@ -109,13 +125,9 @@ def measure_copies(
         fixed[i] = 0
         for w in range(words):
             fixed[i] += np.int64(popcount(bits[expert, w] & home[rank, w]))
-        cost -= row_prices[rank] * (
-            both(taken, gain[rank], segments, token_prices)
-            - both(taken, loss[rank], segments, token_prices)
+        cost -= saved_next(
+            taken, rank, gain, loss, row_prices, num_ranks, shrink, segments, token_prices
         )
-        if nodes_count:
-            node = num_ranks + rank // shrink
-            cost -= row_prices[node] * both(taken, gain[node], segments, token_prices)
     for i in range(num_copies):
         rank = ranks[i]
         for w in range(words):
@@ -124,13 +136,9 @@ def measure_copies(
             covered[w] |= here
             taken[w] = primary[w] & here
             primary[w] &= ~here
-        cost -= row_prices[rank] * (
-            both(taken, gain[rank], segments, token_prices)
-            - both(taken, loss[rank], segments, token_prices)
+        cost -= saved_next(
+            taken, rank, gain, loss, row_prices, num_ranks, shrink, segments, token_prices
         )
-        if nodes_count:
-            node = num_ranks + rank // shrink
-            cost -= row_prices[node] * both(taken, gain[node], segments, token_prices)
     rank_price = 0.0
     node_price = 0.0
     for i in range(num_copies):
@@ -138,16 +146,12 @@ def measure_copies(
         for w in range(words):
             fixed[i] += np.int64(popcount(away[w] & once[rank, w] & ~often[w]))
         rank_price += row_prices[rank] / num_copies
-        cost -= (row_prices[rank] / num_copies) * (
-            both(primary, gain[rank], segments, token_prices)
-            - both(primary, loss[rank], segments, token_prices)
-        )
         if nodes_count:
-            node = num_ranks + rank // shrink
-            node_price += row_prices[node] / num_copies
-            cost -= (row_prices[node] / num_copies) * both(
-                primary, gain[node], segments, token_prices
-            )
+            node_price += row_prices[num_ranks + rank // shrink] / num_copies
+        saved = saved_next(
+            primary, rank, gain, loss, row_prices, num_ranks, shrink, segments, token_prices
+        )
+        cost -= saved / num_copies
     for w in range(words):
         away[w] &= ~covered[w]
     cost += 2 * rank_price * both(away, away, segments, token_prices)
@@ -288,14 +292,10 @@ def anneal_layer_coherent(
     for expert in range(num_experts):
         tokens[expert] = all_bits(bits[expert])
         for rank in range(num_ranks):
-            of_primary = primary_bits[expert]
-            saved = both(of_primary, gain[rank], segments, token_prices)
-            saved -= both(of_primary, loss[rank], segments, token_prices)
-            leaving[expert, rank] = row_prices[rank] * saved
-            if num_nodes > 0:
-                node = num_ranks + rank // shrink
-                saved = both(of_primary, gain[node], segments, token_prices)
-                leaving[expert, rank] += row_prices[node] * saved
+            leaving[expert, rank] = saved_next(
+                primary_bits[expert], rank, gain, loss, row_prices, num_ranks, shrink, segments,
+                token_prices,
+            )  # fmt: skip
     for slot in range(num_slots):
         if slots[slot] >= 0:
             change_copy(where, copies, slots[slot], -1, slot // width)

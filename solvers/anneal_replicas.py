@@ -23,6 +23,7 @@ import numpy as np
 
 from solvers.anneal import SQUARE_SHARE, below, popcount, seeded, uniform
 from solvers.compiling import compiled
+from solvers.walking import copies_of, serve_token
 
 SWEEPS, DAMPING = 2, 0.7  # with which the split of free tokens is found
 
@@ -464,70 +465,28 @@ def serve_layer(
         traffic: [workloads] float64, filled with the prices of all messages.
     """
     num_ranks = load.shape[1]
-    width = slots.size // num_ranks
     ranks_per_node = num_ranks // num_nodes
-    copies = np.zeros(num_experts, np.int64)
-    where = np.zeros((num_experts, num_ranks), np.int64)
-    for slot in range(slots.size):
-        expert = slots[slot]
-        if expert >= 0:
-            where[expert, copies[expert]] = slot // width
-            copies[expert] += 1
+    copies, where = copies_of(slots, num_experts, num_ranks)
     load[:] = 0.0
     traffic[:] = 0.0
-    count = np.zeros((num_ranks + 1, num_ranks), np.int64)  # by home; the last row: unknown
+    sent = np.zeros((num_ranks + 1, num_ranks), np.int64)  # by home; the last row: unknown
     counted = np.full(num_ranks + 1, -1, np.int64)  # the batch that each row counts
     used = np.zeros(num_ranks, np.int64)
     used_node = np.zeros(num_nodes, np.int64)
-    waiting = np.zeros(experts.shape[1], np.bool_)
+    served = np.zeros(experts.shape[1], np.int64)
     for token in range(experts.shape[0]):
         stamp = token + 1
         start = home[token]
         if counted[start] != batch[token]:
-            count[start, :] = 0
+            sent[start, :] = 0
             counted[start] = batch[token]
-        served = count[start]
-        for k in range(experts.shape[1]):
-            expert = experts[token, k]
-            waiting[k] = expert >= 0
-            if expert < 0:
-                continue
-            for i in range(copies[expert]):
-                rank = where[expert, i]
-                if rank == start or copies[expert] == 1:
-                    load[scenario[token], rank] += 1.0
-                    served[rank] += 1
-                    used[rank] = stamp
-                    used_node[rank // ranks_per_node] = stamp
-                    waiting[k] = False
-                    break
-        for k in range(experts.shape[1]):
-            if not waiting[k]:
-                continue
-            expert = experts[token, k]
-            best = np.int64(-1)
-            best_tier = 3
-            best_turn = num_ranks
-            for i in range(copies[expert]):
-                rank = where[expert, i]
-                node = rank // ranks_per_node
-                if used[rank] == stamp:
-                    tier = 0
-                elif used_node[node] == stamp or (start >= 0 and node == start // ranks_per_node):
-                    tier = 1
-                else:
-                    tier = 2
-                turn = (rank - max(start, 0)) % num_ranks
-                fewer = served[rank] < served[best]
-                fewer = fewer or (served[rank] == served[best] and turn < best_turn)
-                if best < 0 or tier < best_tier or (tier == best_tier and fewer):
-                    best = rank
-                    best_tier = tier
-                    best_turn = turn
-            load[scenario[token], best] += 1.0
-            served[best] += 1
-            used[best] = stamp
-            used_node[best // ranks_per_node] = stamp
+        serve_token(
+            experts[token], copies, where, start, sent[start], ranks_per_node, used, used_node,
+            stamp, served,
+        )  # fmt: skip
+        for k in range(served.size):
+            if served[k] >= 0:
+                load[scenario[token], served[k]] += 1.0
         for rank in range(num_ranks):
             if used[rank] == stamp and rank != start:
                 traffic[workload[token]] += row_prices[rank]

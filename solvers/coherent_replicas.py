@@ -16,7 +16,7 @@ serves first.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from solvers.budget import Budget
 from solvers.coherent import Search, Steering, Visited, best_of, favourite, rounds
 from solvers.layers import Floats, Layers, Prices, Slots, Words
+from solvers.lending import borrowed
 from solvers.pacing import Pace
-from solvers.registry import get
 
 ROUNDS = 7
 SWEEPS = 12
@@ -127,21 +127,10 @@ class Filling:
         placements = [found.placement for found in self.search.visited]
         if self.layers.problem.current is not None:
             placements.append(self.in_use())
-        placements += self.borrowed()
+        if not self.budget.expired():
+            lent = borrowed(self.layers.problem, LENDERS, self.search.seed, self.budget)
+            placements += [list(placement) for placement in lent]
         self.visited = [self.judged(placement) for placement in placements]
-
-    def borrowed(self) -> list[list[Slots]]:
-        """What published methods make of the replicas, where nothing else is asked."""
-        problem = self.layers.problem
-        if problem.restrictions or problem.current is not None:
-            return []
-        solvers = [get(name) for name in LENDERS]
-        return [
-            list(solver.function(problem, self.search.seed, self.budget).placement)
-            for solver in solvers
-            if not self.budget.expired()
-            and all(getattr(problem, array) is not None for array in solver.needs)
-        ]
 
     def improved(self, prices: Prices, number: int, *, first: bool) -> Visited:
         """One anneal, from what is best at the prices.
@@ -149,9 +138,7 @@ class Filling:
         The first is so hot that it forgets the replicas that it starts from, and so it starts from
         a placement without; where time is too short to cool from there it is as cool as the last.
         """
-        hurried = (
-            HURRY * self.layers.proposals < replace(self.layers, most_proposals=None).proposals
-        )
+        hurried = HURRY * self.layers.proposals < self.layers.usual_proposals
         start, heat = favourite(self.visited, prices), HEATS[min(number, len(HEATS)) - 1]
         if hurried:
             heat = HEATS[-1]
@@ -253,12 +240,9 @@ class Filling:
 
         layers, problem = self.layers, self.layers.problem
         result = placement[layer].copy()
-        per_rank = problem.num_ranks / problem.num_experts
-        own = layers.heat + 0.02 * sum(prices.imbalance) * per_rank
+        own = layers.heat_at(prices)
         home = self.stacked(pack_bits(homes.astype(np.int64)[:, None], problem.num_ranks)[:-1])
         gain, loss = self.entering(layer + 1, placement)
-        relative = layers.loads[layer].mean(axis=0)[:-1]
-        draws = 1 + np.round(8 * relative / per_rank)
         hot, cold = heat
         anneal_layer_coherent(
             layers.bits[layer], layers.primary_bits[layer], layers.segments,
@@ -268,7 +252,7 @@ class Filling:
             layers.free(layer, result, self.search.width(layer)), hot * own,
             (cold / hot) ** (1 / proposals), proposals,
             int(np.random.SeedSequence(list(seed)).generate_state(1)[0]),
-            np.repeat(np.arange(problem.num_experts), draws.astype(int)), home, gain, loss,
+            layers.draws(layer), home, gain, loss,
             np.ascontiguousarray(served), layers.stop,
         )  # fmt: skip
         return result

@@ -200,8 +200,24 @@ class Layers:
     @property
     def proposals(self) -> int:
         """Of a long anneal of one layer."""
-        usual = EFFORT * 600 * max(32, self.problem.num_experts)
+        usual = self.usual_proposals
         return usual if self.most_proposals is None else min(usual, self.most_proposals)
+
+    @property
+    def usual_proposals(self) -> int:
+        """Of a long anneal where there is time for it."""
+        return EFFORT * 600 * max(32, self.problem.num_experts)
+
+    def heat_at(self, prices: Prices) -> float:
+        """First temperature, where imbalance has a price too."""
+        per_rank = self.problem.num_ranks / self.problem.num_experts
+        return self.heat + 0.02 * sum(prices.imbalance) * per_rank
+
+    def draws(self, layer: int) -> NDArray[np.int64]:
+        """[H] experts to draw replicas from: in proportion to their load, and once more."""
+        per_rank = self.problem.num_ranks / self.problem.num_experts
+        times = 1 + np.round(8 * self.loads[layer].mean(axis=0)[:-1] / per_rank)
+        return np.repeat(np.arange(self.problem.num_experts), times.astype(int))
 
     def uniform_prices(self, imbalance: float, move: float = 0.0) -> Prices:
         """Every workload alike."""
@@ -461,11 +477,9 @@ def anneal(
     from solvers.anneal import anneal_layer
     from solvers.anneal_replicas import anneal_layer_replicas
 
-    problem = layers.problem
     bits = layers.bits[layer]
     result = slots.copy()
-    per_rank = problem.num_ranks / problem.num_experts
-    heat = layers.heat + 0.02 * sum(prices.imbalance) * per_rank
+    heat = layers.heat_at(prices)
     common = (
         bits, layers.segments, layers.token_prices(prices), layers.groups, layers.row_prices,
         layers.loads[layer], layers.load_prices(prices), layers.problem.fair_share,
@@ -473,16 +487,8 @@ def anneal(
         hot * heat, (cold / hot) ** (1.0 / proposals), proposals,
         int(np.random.SeedSequence(list(seed)).generate_state(1)[0]),
     )  # fmt: skip
-    if layers.replicates and (slots.size > problem.num_experts):
-        # an expert is drawn in proportion to its load, and once more
-        relative = layers.loads[layer].mean(axis=0)[:-1]
-        draws = 1 + np.round(8 * relative / per_rank)
-        anneal_layer_replicas(
-            *common,
-            np.repeat(np.arange(problem.num_experts), draws.astype(int)),
-            layers.steering,
-            layers.stop,
-        )
+    if layers.replicates:
+        anneal_layer_replicas(*common, layers.draws(layer), layers.steering, layers.stop)
         return result
     primary_bits = home = next_once = None
     if layers.coupled:

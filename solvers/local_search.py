@@ -29,11 +29,12 @@ import numpy as np
 
 from solvers.budget import Budget
 from solvers.layers import Candidate, Layers, Prices, Slots, anneal, prepare
+from solvers.lending import borrowed
 from solvers.pacing import paced
 from solvers.parallel import available_cores, stopping
 from solvers.problem import Problem
-from solvers.registry import get, register
-from solvers.result import NoSolutionFound, Solution
+from solvers.registry import register
+from solvers.result import Solution
 from solvers.selection import ELASTIC_PRICE, Caps, choose, prices
 
 # Prices of max / mean rank load, in messages per token and layer.
@@ -99,21 +100,11 @@ class Search:
 
     def borrow(self) -> None:
         """What published methods make of the replicas, to go on from."""
-        problem = self.problem
-        fits = problem.rank_slots is None and problem.pinned is None
-        plain = fits and problem.current is None and problem.slot_budget is None
-        if not self.layers.replicates or not plain:
+        if not self.layers.replicates:
             return
-        for name in LENDERS:
-            solver = get(name)
-            if any(getattr(problem, array) is None for array in solver.needs):
-                continue
-            try:
-                placement = solver.function(problem, self.seed, self.budget).placement
-            except NoSolutionFound:  # the time is over
-                return
+        width = self.problem.slots_per_rank
+        for placement in borrowed(self.problem, LENDERS, self.seed, self.budget):
             for layer, slots in enumerate(placement):
-                width = problem.slots_per_rank
                 self.pools[layer].append(self.layers.candidate(layer, slots, width))
 
     def favourite(self, layer: int, width: int, price: Prices) -> Slots:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from solvers import Budget, Problem, Result
     from solvers.bounds.bound import Bound
 
+CAP_SLACK = 0.02  # of imbalance on unseen requests, that is not worth a warning
+
 
 def check_solver(name: str) -> None:
     """Raise UsageError when no solver is called `name`."""
@@ -88,9 +90,6 @@ def refuse_broken_cap(result: Result, settings: Settings) -> None:
     if result.termination == "interrupted":
         raise PlacerError(f"interrupted before there was a placement with {found}")
     raise InfeasibleError(f"no placement was found with {found}", looser)
-
-
-CAP_SLACK = 0.02  # of imbalance on unseen requests, that is not worth a warning
 
 
 def cap_warnings(plan: Plan, settings: Settings) -> list[str]:

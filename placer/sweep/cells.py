@@ -10,7 +10,7 @@ from typing import Any
 from placer.errors import InfeasibleError, PlacerError
 from placer.evaluation import homes_fit
 from placer.placement import Placement, contiguous_like
-from placer.planning import Settings, cluster_of, refuse_broken_cap
+from placer.planning import Settings, certificate_of, cluster_of, refuse_broken_cap
 from placer.studies.fitting import Fitted, Halves, fit, halve
 from placer.sweep.grid import Cell, Shape
 from placer.timing import dims_for
@@ -152,13 +152,9 @@ def _judge(
             for name in names
         },
         "certificate": {
-            "objective": settings.objective,
-            "value": result.objective,
-            "bound_of": result.bound_of,
-            "lower_bound": result.lower_bound,
-            "gap": result.gap,
-            "status": "feasible" if result.status == "infeasible" else result.status,
-            "termination": result.termination,
+            key: value
+            for key, value in certificate_of(result, settings.objective).items()
+            if key not in ("scope", "parts")
         },
         "step_time": _step_time(settings, fitted.placement, judge, batch_tokens, ignore_home),
     }

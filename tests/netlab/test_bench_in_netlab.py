@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import subprocess
-import sys
 
 import pytest
 
@@ -13,7 +10,8 @@ from benchmarks.netlab.network import NetlabError, check_requirements
 from placer.placement import contiguous
 from placer.plan import Plan, write_plan
 
-from .test_netlab import ROOT, wire_bytes
+from .running import ROOT, bench_in_netlab
+from .test_netlab import wire_bytes
 
 pytestmark = [
     pytest.mark.netlab,
@@ -37,17 +35,12 @@ def test_bytes_between_nodes_are_the_replays_and_pass_the_link(tmp_path):
         "--prompt", "int main(void) {", "--prompt", "Es war einmal", "--repeats", 1,
         "--max-new-tokens", 3, "--json",
     ]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.netlab", "--mbit", "50", "--time-limit", "240", "--",
-         sys.executable, "-m", "placer", *map(str, bench)],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    document, told = bench_in_netlab(bench, mbit=50)
     runs = 0
-    for arm in json.loads(done.stdout)["arms"].values():
+    for arm in document["arms"].values():
         assert arm["exact"] == {"messages": True, "hidden_bytes": True, "pairs": True}
         crossing = arm["predicted"]["hidden_bytes"]["other_node"]
         assert arm["measured"]["hidden_bytes"]["other_node"] == crossing > 0
         runs += 2 * crossing  # the warm-up and one repeat
-    sent = sum(wire_bytes(done.stderr, node, "send")[0] for node in range(2))
+    sent = sum(wire_bytes(told, node, "send")[0] for node in range(2))
     assert sent > runs  # beside them routing, headers, proofs and the start of the group

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import subprocess
-import sys
 
 import pytest
 
@@ -15,7 +12,7 @@ from placer.cluster import Cluster, write_cluster
 from placer.placement import contiguous
 from placer.plan import Plan, write_plan
 
-from .test_netlab import ROOT
+from .running import bench_in_netlab
 
 pytestmark = [
     pytest.mark.netlab,
@@ -51,13 +48,7 @@ def test_keys_and_values_decide_whether_moving_tokens_pays(
         *(part for word in words for part in ("--prompt", word)),
         "--repeats", 2, "--max-new-tokens", 6, "--json",
     ]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.netlab", "--mbit", "8", "--time-limit", "240", "--",
-         sys.executable, "-m", "placer", *map(str, bench)],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    arms = json.loads(done.stdout)["arms"]
+    arms = bench_in_netlab(bench, mbit=8)[0]["arms"]
     assert all(all(arm["exact"].values()) for arm in arms.values())
     moving, staying = arms["plan"]["measured"], arms["plan (alltoall)"]["measured"]
     assert moving["kv_bytes"]["other_node"] > 0 == staying["kv_bytes"]["other_node"]
