@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Every part of placer, lowest layer first. A part may import its own layer and those below it;
 # the parts of one group in SEPARATE may not import each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "files", "placement"),
+    ("errors", "wording", "files", "placement"),
     ("trace", "cluster"),
     ("plan", "plan_schema", "cost", "affinity", "tracer", "models"),
     ("baselines", "evaluation", "planning", "load_planning", "comparison", "timing"),

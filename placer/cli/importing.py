@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from placer.cli import options
+from placer.wording import counted
 
 if TYPE_CHECKING:
     from placer.engines.importing import ImportedRecords
@@ -167,18 +168,16 @@ def summary_line(document: dict[str, Any]) -> str:
 
     from placer.trace.load import WHY_NO_AFFINITY
 
-    path, size = (
-        f"[bold]{escape(document['path'])}[/]",
-        (f"{document['layers']} layers x {document['experts']} experts"),
-    )
+    path = f"[bold]{escape(document['path'])}[/]"
+    size = f"{counted(document['layers'], 'layer')} x {document['experts']} experts"
     if document["kind"] == "load":
         return (
-            f"{path}: load of {size} in {document['windows']:,} windows, "
-            f"{document['pairs']:,} token-expert pairs; {WHY_NO_AFFINITY}"
+            f"{path}: load of {size} in {counted(document['windows'], 'window')}, "
+            f"{counted(document['pairs'], 'token-expert pair')}; {WHY_NO_AFFINITY}"
         )
     return (
-        f"{path}: {document['tokens']:,} tokens of {document['requests']:,} requests, {size}, "
-        f"top-{document['top_k']}"
+        f"{path}: {counted(document['tokens'], 'token')} of "
+        f"{counted(document['requests'], 'request')}, {size}, top-{document['top_k']}"
     )
 
 

@@ -8,7 +8,9 @@ from typing import Any
 from rich.console import RenderableType
 from rich.markup import escape
 
-from placer.report.tables import number, plain_table, titled
+from placer.report.sheet import Sheet
+from placer.report.tables import number, titled
+from placer.wording import counted
 
 BARS = " ▁▂▃▄▅▆▇█"
 MOST_BARS = 32
@@ -57,19 +59,18 @@ def verdict_lines(verdict: Mapping[str, Any]) -> list[RenderableType]:
         head += f" at {verdict['num_ranks']} ranks"
     if verdict["by"]:
         head += f": {' and '.join(verdict['by'])}"
-    table = plain_table()
-    table.show_header = False
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column()
+    table = Sheet(header=False)
+    table.add_column(style="dim")
+    table.add_column(words=True)
     for about, text in verdict["reasons"].items():
         table.add_row(f"  {about}", escape(text))
     return [head, table]
 
 
 def _figures(document: Mapping[str, Any], overall: Mapping[str, Any]) -> list[RenderableType]:
-    table = plain_table()
+    table = Sheet()
     for header in ("figure", "mean", "least", "most", "by layer"):
-        table.add_column(header, no_wrap=True)
+        table.add_column(header)
     affinity = overall["affinity"]
     pairs, primary = affinity["all_pairs"], affinity["primary"]
     rows = {
@@ -94,8 +95,8 @@ def _figures(document: Mapping[str, Any], overall: Mapping[str, Any]) -> list[Re
             sparkline(entry["per_layer"], min(0.0, *values), max(values)),
         )
     title = (
-        f"{escape(document['path'])}: {overall['num_tokens']:,} tokens, "
-        f"{overall['num_layers']} layers x {overall['num_experts']} experts, "
+        f"{escape(document['path'])}: {counted(overall['num_tokens'], 'token')}, "
+        f"{counted(overall['num_layers'], 'layer')} x {overall['num_experts']} experts, "
         f"{number(overall['experts_per_token']['mean'], 2)} per token"
     )
     return titled(title, table)
@@ -105,7 +106,7 @@ def _by_ranks(document: Mapping[str, Any]) -> list[RenderableType]:
     if not document["overall"].get("headroom"):
         return []
     clusters = {c["num_ranks"]: c for c in document.get("routing", {}).get("clusters", [])}
-    table = plain_table()
+    table = Sheet()
     for header in ("ranks", "imbalance", "bound", "span at random", "bound", "kept at random",
                    "by groups", "bound"):  # fmt: skip
         table.add_column(header)
@@ -140,7 +141,7 @@ def _labels(document: Mapping[str, Any]) -> list[RenderableType]:
     if not labels:
         return []
     effect = ((document.get("routing") or {}).get("stability") or {}).get("request_effect")
-    table = plain_table()
+    table = Sheet()
     for header in ("label", "tokens", "hottest / mean", "drift", "by chance"):
         table.add_column(header)
     largest = sorted(labels.items(), key=lambda item: -item[1]["num_tokens"])
@@ -217,7 +218,7 @@ def _routing(routing: Mapping[str, Any]) -> list[RenderableType]:
 def _segments(routing: Mapping[str, Any]) -> list[RenderableType]:
     parts: list[RenderableType] = []
     if routing["segments"]:
-        table = plain_table()
+        table = Sheet()
         for header in ("tokens", "SRP", "by chance", "size of the set"):
             table.add_column(header)
         for entry in routing["segments"]:
@@ -233,7 +234,7 @@ def _segments(routing: Mapping[str, Any]) -> list[RenderableType]:
             "SRP: best F1 of such a set (1 = yes); its size in experts of a token",
         )
     if routing["caches"]:
-        table = plain_table()
+        table = Sheet()
         for header in ("experts", "in experts of a token", "best (SCH)", "LRU"):
             table.add_column(header)
         for entry in routing["caches"]:
@@ -250,7 +251,7 @@ def _segments(routing: Mapping[str, Any]) -> list[RenderableType]:
 def _activation(routing: Mapping[str, Any]) -> list[RenderableType]:
     if not routing["activation"]:
         return []
-    table = plain_table()
+    table = Sheet()
     known = routing["activation"][0]["flops_per_byte"] is not None
     headers = ["tokens", "activated", "share", "independent", "tokens per expert"]
     for header in [*headers, "MB read a token", "FLOPs a byte"] if known else headers:

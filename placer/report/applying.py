@@ -8,7 +8,9 @@ from typing import Any
 from rich.console import RenderableType
 from rich.markup import escape
 
-from placer.report.tables import plain_table, titled
+from placer.report.sheet import Sheet
+from placer.report.tables import titled
+from placer.wording import counted
 
 _LINKS = {"same_rank": "same rank", "same_node": "same node", "other_node": "other node"}
 _SHOWN = 10
@@ -18,11 +20,12 @@ def applied_lines(document: Mapping[str, Any]) -> list[RenderableType]:
     """For people."""
     lines: list[RenderableType] = [
         f"[bold]{escape(document['plan'])}[/] on {escape(document['model'])}: "
-        f"{document['num_ranks']} ranks, {_dispatch(document)} dispatch, {document['dtype']}",
-        f"{document['slots_checked']:,} slots hold the experts that the plan puts there "
-        "(checksums against the checkpoint)",
+        f"{counted(document['num_ranks'], 'rank')}, {_dispatch(document)} dispatch, "
+        f"{document['dtype']}",
+        f"{counted(document['slots_checked'], 'slot holds', 'slots hold')} what the plan puts "
+        "there (checksums against the checkpoint)",
     ]
-    table = plain_table()
+    table = Sheet()
     for name in ("rank", "node", "experts", "share", "tensors", "peak RSS", "of share", "load"):
         table.add_column(name, justify="right")
     for rank in document["ranks"]:
@@ -50,7 +53,7 @@ def applied_lines(document: Mapping[str, Any]) -> list[RenderableType]:
 
 def dry_run_lines(document: Mapping[str, Any]) -> list[RenderableType]:
     """For people."""
-    table = plain_table()
+    table = Sheet()
     for name in ("rank", "node", "experts", "share"):
         table.add_column(name, justify="right")
     moves = document.get("moves")
@@ -70,7 +73,8 @@ def dry_run_lines(document: Mapping[str, Any]) -> list[RenderableType]:
     lines = titled(head, table, caption)
     if moves:
         lines.append(
-            f"{moves['moves']:,} copies of experts to fetch, {megabytes(moves['bytes'])}: "
+            f"{counted(moves['moves'], 'copy', 'copies')} of experts to fetch, "
+            f"{megabytes(moves['bytes'])}: "
             f"{moves['moves_same_node']:,} from ranks of the same node, "
             f"{moves['moves_other_node']:,} from other nodes; {moves['kept']:,} stay, "
             f"{moves['dropped']:,} are dropped; the busiest rank fetches "
@@ -92,7 +96,7 @@ def _dispatch(document: Mapping[str, Any]) -> str:
 def _traffic(document: Mapping[str, Any]) -> list[RenderableType]:
     """Counted bytes and times, summed over ranks."""
     counters = [rank["counters"] for rank in document["ranks"]]
-    table = plain_table()
+    table = Sheet()
     table.add_column("link")
     for name in ("messages", "hidden states", "routing", "keys and values"):
         table.add_column(name, justify="right")

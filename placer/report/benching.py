@@ -8,10 +8,13 @@ from typing import Any
 from rich.console import RenderableType
 from rich.markup import escape
 
-from placer.report.tables import plain_table, titled
+from placer.report.sheet import Sheet
+from placer.report.tables import titled
+from placer.wording import counted
 
 _LINKS = {"same_rank": "same rank", "same_node": "same node", "other_node": "other node"}
 _BY_LAYER = ("dispatch", "compute", "combine")
+_PREDICTED, _NONE = ("predicted", "error"), ("", "")
 _PARTS = (*_BY_LAYER, "context")
 
 
@@ -19,10 +22,11 @@ def bench_lines(document: Mapping[str, Any]) -> list[RenderableType]:
     """For people."""
     lines: list[RenderableType] = [
         f"[bold]{escape(document['plan'])}[/] on {escape(document['model'])}: "
-        f"{document['num_ranks']} ranks, {document['ranks_per_node']} per node; "
-        f"{document['requests']} requests, "
-        f"{document['prompt_tokens']:,} prompt tokens, {document['max_new_tokens']} new each; "
-        f"{document['repeats']} repeats in turn after {document['warm_ups']} warm-up(s)",
+        f"{counted(document['num_ranks'], 'rank')}, {document['ranks_per_node']} per node; "
+        f"{counted(document['requests'], 'request')}, "
+        f"{counted(document['prompt_tokens'], 'prompt token')}, "
+        f"{document['max_new_tokens']} new each; {counted(document['repeats'], 'repeat')} "
+        f"in turn after {counted(document['warm_ups'], 'warm-up')}",
     ]
     lines += _speed(document)
     lines += _phases(document)
@@ -34,54 +38,66 @@ def bench_lines(document: Mapping[str, Any]) -> list[RenderableType]:
 
 
 def _speed(document: Mapping[str, Any]) -> list[RenderableType]:
-    table = plain_table()
-    for name in ("placement", "dispatch", "tokens/s", "range", "plan's speed-up", "range",
-                 "predicted", "error"):  # fmt: skip
-        table.add_column(name, justify="left" if name in ("placement", "dispatch") else "right")
+    once = document["repeats"] == 1
+    table = Sheet(keys=2)
+    table.add_column("placement")
+    table.add_column("dispatch")
+    for name in ("tokens/s", "plan's speed-up"):
+        table.add_column(name, justify="right")
+        if not once:
+            table.add_column("range", justify="right", joined=True)
+    for name in _PREDICTED if document["cluster"] else ():
+        table.add_column(name, justify="right")
     for name, arm in document["arms"].items():
         measured, factor = arm["measured"], arm.get("plan_against_it")
-        row = [escape(name), arm["dispatch"], f"{measured['tokens_per_second']:.2f}",
-               _range(measured["tokens_per_second_range"])]  # fmt: skip
+        row = [escape(name), arm["dispatch"], f"{measured['tokens_per_second']:.2f}"]
+        row += [] if once else [_range(measured["tokens_per_second_range"])]
         if factor:
-            row += [f"{factor['measured']:.3f}x", _range(factor["measured_range"], 3)]
+            row.append(f"{factor['measured']:.3f}x")
+            row += [] if once else [_range(factor["measured_range"], 3)]
             if factor["predicted"] is not None:
                 row += [f"{factor['predicted']:.3f}x", f"{factor['error']:+.1%}"]
         table.add_row(*row)
-    caption = (
-        "measured: generated tokens / wall time, medians, and of the ratio within a repeat; "
+    how = "of one repeat" if once else "medians, and of the ratio within a repeat"
+    predicted = (
         "predicted: modelled time of what is modelled below, plus the measured rest of the same "
         "dispatch"
         if document["cluster"]
-        else "measured: medians; give --cluster for what the cost model predicts"
+        else "give --cluster for what the cost model predicts"
     )
-    return titled("speed", table, caption)
+    return titled("speed", table, f"measured: generated tokens / wall time, {how}; {predicted}")
 
 
 def _phases(document: Mapping[str, Any]) -> list[RenderableType]:
     """Of each phase: seconds, how many times as fast the plan is, and what was predicted."""
-    table = plain_table()
+    table = Sheet(keys=2)
     table.add_column("placement")
     table.add_column("dispatch")
     for phase in ("prefill", "decode"):
-        for name in (phase, "plan's speed-up", "predicted", "error"):
-            table.add_column(name, justify="right")
+        predicted = _PREDICTED if document["cluster"] else ()
+        for name in (phase, "plan's speed-up", *predicted):
+            table.add_column(name, justify="right", joined=name != phase)
     for name, arm in document["arms"].items():
         row = [escape(name), arm["dispatch"]]
         for phase in ("prefill", "decode"):
             row.append(f"{arm['measured'][f'{phase}_seconds']:.3f} s")
             factor = arm.get("plan_against_it", {}).get("by_phase", {}).get(phase)
             row.append(f"{factor['measured']:.3f}x" if factor else "")
-            known = factor is not None and factor["predicted"] is not None
-            row += [f"{factor['predicted']:.3f}x", f"{factor['error']:+.1%}"] if known else ["", ""]
+            if document["cluster"]:
+                known = factor is not None and factor["predicted"] is not None
+                row += (
+                    [f"{factor['predicted']:.3f}x", f"{factor['error']:+.1%}"] if known else _NONE
+                )
         table.add_row(*row)
+    medians = "" if document["repeats"] == 1 else ", medians"
     caption = (
-        "measured, medians; coherent prefills as alltoall does and then shares keys and values"
+        f"measured{medians}; coherent prefills as alltoall does and then shares keys and values"
     )
     return titled("phases", table, caption)
 
 
 def _times(document: Mapping[str, Any]) -> list[RenderableType]:
-    table = plain_table()
+    table = Sheet()
     for name in ("placement", *_PARTS, "together", "rest", "wall"):
         table.add_column(name, justify="left" if name == "placement" else "right")
     for name, arm in document["arms"].items():
@@ -110,7 +126,7 @@ def _times(document: Mapping[str, Any]) -> list[RenderableType]:
 
 
 def _traffic(document: Mapping[str, Any]) -> list[RenderableType]:
-    table = plain_table()
+    table = Sheet()
     for name in ("placement", *(f"messages, {text}" for text in _LINKS.values()),
                  "MB, same node", "MB, other node", "KV MB, other node", "imbalance",
                  "as replayed"):  # fmt: skip
@@ -136,7 +152,7 @@ def _traffic(document: Mapping[str, Any]) -> list[RenderableType]:
 
 
 def _layers(document: Mapping[str, Any]) -> list[RenderableType]:
-    table = plain_table()
+    table = Sheet()
     table.add_column("layer", justify="right")
     for name in document["arms"]:
         table.add_column(escape(name), justify="right")

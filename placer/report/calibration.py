@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.markup import escape
 
 from placer.cluster import Cluster
-from placer.report.tables import plain_table
+from placer.report.sheet import Sheet
 
 
 def cluster_document(cluster: Cluster) -> dict[str, Any]:
@@ -23,10 +23,9 @@ def cluster_document(cluster: Cluster) -> dict[str, Any]:
 def calibration_table(document: Mapping[str, Any]) -> list[RenderableType]:
     """The cluster's figures, then how well they meet what was measured."""
     cluster, fit = document["cluster"], document["fit"]
-    table = plain_table(escape(document["path"]))
-    table.show_header = False
+    table = Sheet(escape(document["path"]), header=False)
     table.add_column(style="dim")
-    table.add_column()
+    table.add_column(words=True)
     for name, value in cluster.items():
         if name in ("name", "pair_gbps", "pair_latency_us"):
             continue

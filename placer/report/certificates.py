@@ -7,16 +7,17 @@ from typing import Any
 
 from rich.console import RenderableType
 from rich.markup import escape
-from rich.table import Table
 
-from placer.report.tables import NAMES, number, plain_table
+from placer.report.sheet import Sheet
+from placer.report.tables import NAMES, number
+from placer.wording import counted
 
 
 def certificate_table(document: Mapping[str, Any]) -> list[RenderableType]:
     """What `placer certify` found."""
     title = (
         f"[bold]{escape(document['plan'])}[/] on {escape(document['trace'])}: "
-        f"{document['requests']:,} requests, {document['tokens']:,} tokens"
+        f"{counted(document['requests'], 'request')}, {counted(document['tokens'], 'token')}"
     )
     sampled = document["sampled_tokens"]
     note = (
@@ -32,11 +33,11 @@ def certificate_table(document: Mapping[str, Any]) -> list[RenderableType]:
     ]
 
 
-def bounds_table(bounds: Sequence[Mapping[str, Any]]) -> Table:
+def bounds_table(bounds: Sequence[Mapping[str, Any]]) -> Sheet:
     """Value, bound and gap of each figure."""
-    table = plain_table()
+    table = Sheet()
     for header in ("figure", "plan", "proven lower bound", "gap at most", "by"):
-        table.add_column(header, no_wrap=True)
+        table.add_column(header, words=header == "by")
     for bound in bounds:
         table.add_row(
             NAMES.get(bound["figure"], bound["figure"].replace("_", " ")),

@@ -7,19 +7,19 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from placer.report.tables import plain_table
+from placer.report.sheet import Sheet
 
 
 def doctor_tables(document: Mapping[str, Any]) -> list[RenderableType]:
     """Versions, devices, solvers."""
-    packages = plain_table()
+    packages = Sheet()
     packages.add_column("package")
     packages.add_column("version")
     for name, found in document["packages"].items():
         packages.add_row(name, found or "[yellow]not installed[/]")
-    solvers = plain_table("solvers")
+    solvers = Sheet("solvers")
     for header in ("name", "replicas", "source", "what it does"):
-        solvers.add_column(header)
+        solvers.add_column(header, words=header in ("source", "what it does"))
     for entry in document["solvers"]:
         replicas = "yes" if entry["replicates"] else ""
         solvers.add_row(entry["name"], replicas, entry["source"], entry["summary"])

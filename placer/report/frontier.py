@@ -13,7 +13,8 @@ from placer.files import atomic_path, check_output_folder, write_json
 from placer.plan import write_plan
 from placer.planning import Frontier
 from placer.planning.frontier import plan_name
-from placer.report.tables import NAMES, SCOPES, number, plain_table, titled
+from placer.report.sheet import Sheet
+from placer.report.tables import NAMES, SCOPES, number, titled
 
 TABLE, PICTURE = "frontier.json", "frontier.svg"
 OURS, THEIRS = "#0a7d4f", "#b03a2e"
@@ -48,7 +49,7 @@ def write_frontier(frontier: Frontier, plan: Path, *, force: bool = False) -> Pa
 def frontier_table(document: Mapping[str, Any]) -> list[RenderableType]:
     """The points in order, the knee marked, and load-only placements below."""
     figures = document["figures"]
-    table = plain_table()
+    table = Sheet()
     table.add_column("plan")
     for figure in figures:
         table.add_column(NAMES[figure], justify="right")

@@ -8,20 +8,20 @@ from typing import Any
 from rich.console import RenderableType
 from rich.markup import escape
 
-from placer.report.tables import plain_table
+from placer.report.sheet import Sheet
+from placer.wording import counted
 
 
 def inspection_lines(document: Mapping[str, Any]) -> list[RenderableType]:
     """A table of facts, then what is wrong."""
-    table = plain_table(escape(document["path"]))
-    table.show_header = False
+    table = Sheet(escape(document["path"]), header=False)
     table.add_column(style="dim")
-    table.add_column()
+    table.add_column(words=True)
     used = document["experts_used"]
     layer_ids = document["layer_ids"]
     facts = {
         "format": f"{document['file_format']}, {document['bytes_on_disk']:,} bytes",
-        "tokens": f"{document['tokens']:,} of {document['requests']:,} requests",
+        "tokens": f"{document['tokens']:,} of {counted(document['requests'], 'request')}",
         "layers": f"{document['layers']} (ids {layer_ids[0]}..{layer_ids[-1]})"
         + (
             f", {len(layer_ids)} routing rounds in all"
@@ -42,7 +42,7 @@ def inspection_lines(document: Mapping[str, Any]) -> list[RenderableType]:
     for name, fact in facts.items():
         table.add_row(name, escape(fact))
     for label, entry in list(document["labels"].items())[:12]:
-        count = f"{entry['tokens']:,} tokens of {entry['requests']:,} requests"
+        count = f"{counted(entry['tokens'], 'token')} of {counted(entry['requests'], 'request')}"
         table.add_row(escape(f"label {label or '(none)'}"), count)
     lines: list[RenderableType] = [table]
     state = "complete" if document["complete"] else "unfinished (readable up to the last part)"
@@ -56,9 +56,10 @@ def load_lines(document: Mapping[str, Any]) -> list[RenderableType]:
     """What is in a load record, and what cannot be known from it."""
     layer_ids, hottest = document["layer_ids"], document["hottest_expert"]
     return [
-        f"[bold]{escape(document['path'])}[/]: load of {document['layers']} layers (ids "
-        f"{layer_ids[0]}..{layer_ids[-1]}) x {document['experts']} experts in "
-        f"{document['windows']:,} windows, {document['pairs']:,} token-expert pairs",
+        f"[bold]{escape(document['path'])}[/]: load of "
+        f"{counted(document['layers'], 'layer')} (ids {layer_ids[0]}..{layer_ids[-1]}) x "
+        f"{document['experts']} experts in {counted(document['windows'], 'window')}, "
+        f"{counted(document['pairs'], 'token-expert pair')}",
         f"hottest expert of a layer / mean: {hottest['mean']:.2f} on average, "
         f"{hottest['max']:.2f} at most",
         f"a load record: {document['not_known']}",

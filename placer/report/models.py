@@ -8,15 +8,14 @@ from typing import Any
 from rich.console import RenderableType
 from rich.markup import escape
 
-from placer.report.tables import plain_table
+from placer.report.sheet import Sheet
 
 
 def model_table(document: Mapping[str, Any]) -> list[RenderableType]:
     """A table of dimensions, then what a rank holds."""
-    table = plain_table(escape(document["name"]))
-    table.show_header = False
+    table = Sheet(escape(document["name"]), header=False)
     table.add_column(style="dim")
-    table.add_column()
+    table.add_column(words=True)
     moe, layers = document["num_moe_layers"], document["num_layers"]
     facts = {
         "layers": f"{layers}, {moe} with experts",

@@ -18,6 +18,7 @@ from placer.report.page import (
     tiles,
 )
 from placer.report.tables import NODE_FIGURES, SHORT, number
+from placer.wording import counted
 
 Document = Mapping[str, Any]
 
@@ -63,14 +64,14 @@ def _summary(document: Document) -> list[str]:
     replicas = filled / len(plan["layer_ids"]) - plan["num_experts"]
     shape = (
         f"{len(plan['layer_ids'])} MoE layers of {plan['num_experts']} experts on "
-        f"{plan['num_ranks']} ranks of {nodes} node{'s' if nodes > 1 else ''}; "
+        f"{plan['num_ranks']} ranks of {counted(nodes, 'node')}; "
         f"{plan['slots_per_rank']} slots per rank and layer, {replicas:.3g} replicas per layer; "
         f"dispatch {plan['dispatch']}."
     )
     how = (
-        f"Figures are modelled by replaying {judged['tokens']:,} tokens of "
-        f"{judged['requests']:,} requests, {_SCOPES[judged['scope']]}; brackets are 95 % intervals "
-        f"over requests. Compared with: {first}."
+        f"Figures are modelled by replaying {counted(judged['tokens'], 'token')} of "
+        f"{counted(judged['requests'], 'request')}, {_SCOPES[judged['scope']]}; brackets are "
+        f"95 % intervals over requests. Compared with: {first}."
     )
     kind = "warning" if judged["scope"] == "in-sample" else "dim"
     change = judged["change"][first]

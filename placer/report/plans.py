@@ -9,15 +9,16 @@ from rich.console import RenderableType
 from rich.markup import escape
 
 from placer.report.certificates import bounds_table
+from placer.report.sheet import Sheet
 from placer.report.tables import (
     NAMES,
     certificate_line,
     evaluation_table,
     number,
-    plain_table,
     titled,
 )
 from placer.report.timing import timing_table
+from placer.wording import counted
 
 BOUNDS_TITLE = "proven on the tokens that the plan was fitted to: no plan is below the bound"
 
@@ -30,10 +31,12 @@ def plan_summary(document: Mapping[str, Any]) -> list[RenderableType]:
     nodes = document["num_ranks"] // document["ranks_per_node"]
     filled = sum(slot >= 0 for row in document["physical_to_logical"] for slot in row)
     replicas = filled - layers * document["num_experts"]
+    each = "1 replica" if replicas == layers else f"{replicas / layers:.3g} replicas"
     lines: list[RenderableType] = [
-        f"[bold]{escape(document['path'])}[/]: {layers} layers x {document['num_experts']} experts "
-        f"on {document['num_ranks']} ranks ({nodes} node{'s' if nodes > 1 else ''}), {slots} slots "
-        f"per rank, {replicas / layers:.3g} replicas per layer, dispatch {document['dispatch']}"
+        f"[bold]{escape(document['path'])}[/]: {counted(layers, 'layer')} x "
+        f"{document['num_experts']} experts on {counted(document['num_ranks'], 'rank')} "
+        f"({counted(nodes, 'node')}), {counted(slots, 'slot')} per rank, {each} per layer, "
+        f"dispatch {document['dispatch']}"
     ]
     prediction, certificate = document["prediction"], document["certificate"]
     if prediction:
@@ -51,7 +54,9 @@ def plan_summary(document: Mapping[str, Any]) -> list[RenderableType]:
         moves = certificate.get("parts", {}).get("moves")
         if moves is not None:
             start = escape(str(document["provenance"]["settings"]["start"]))
-            lines.append(f"{moves:.0f} expert copies moved from {start}")
+            lines.append(
+                f"{counted(int(moves), 'expert copy', 'expert copies')} moved from {start}"
+            )
         if len(certificate.get("bounds", [])) > 1:
             lines += titled(BOUNDS_TITLE, bounds_table(certificate["bounds"]))
     return lines
@@ -59,7 +64,7 @@ def plan_summary(document: Mapping[str, Any]) -> list[RenderableType]:
 
 def workload_table(workloads: Mapping[str, Any]) -> list[RenderableType]:
     """How a plan and the contiguous one do on each workload."""
-    table = plain_table()
+    table = Sheet()
     table.add_column("workload")
     table.add_column("requests", justify="right")
     figures = list(next(iter(workloads.values()))["metrics"])

@@ -8,7 +8,8 @@ from typing import Any
 from rich.console import RenderableType
 from rich.markup import escape
 
-from placer.report.tables import change_text, number, plain_table, titled, with_interval
+from placer.report.sheet import Sheet
+from placer.report.tables import change_text, number, titled, with_interval
 
 TRANSFERS = {
     "phases": "one plan for both phases, or one each",
@@ -38,9 +39,9 @@ def deep_tables(deep: Mapping[str, Any]) -> list[RenderableType]:
 
 def _headroom(deep: Mapping[str, Any]) -> list[RenderableType]:
     found = deep["headroom"]
-    table = plain_table()
+    table = Sheet()
     for header in ("objective", "contiguous", "reached", "bound", "gain", "at most", "held out"):
-        table.add_column(header, no_wrap=True)
+        table.add_column(header)
     change = found["held_out"]["change"][deep["headline"]]
     rows = [(found, change_text(change, "lower"))]
     if deep["headline"] != "imbalance":
@@ -73,11 +74,11 @@ def _transfer(rows: Sequence[Mapping[str, Any]], headline: str, title: str) -> l
         if messages:
             parts += _matrix(rows, headline, f"{where}, change of messages against contiguous, %")
         return parts + _matrix(rows, None, f"{where}, imbalance")
-    table = plain_table()
-    table.add_column("judged on", no_wrap=True)
+    table = Sheet()
+    table.add_column("judged on")
     for plan in rows[0]["plans"]:
-        table.add_column(_short(plan["fitted_to"]), no_wrap=True)
-    table.add_column("price of all", no_wrap=True)
+        table.add_column(escape(plan["fitted_to"]))
+    table.add_column("price of all")
     for row in rows:
         cells, price = [escape(row["judged_on"])], ""
         for plan in row["plans"]:
@@ -101,13 +102,13 @@ def _matrix(
     rows: Sequence[Mapping[str, Any]], headline: str | None, title: str
 ) -> list[RenderableType]:
     """Parts x plans: change of the headline figure, or imbalance."""
-    table = plain_table()
-    table.add_column("judged on \\ fitted to", no_wrap=True)
+    table = Sheet()
+    table.add_column("judged on \\ fitted to")
     first = 0 if headline is None else 1  # contiguous placement does not differ from itself
     for plan in rows[0]["plans"][first:]:
-        table.add_column(_short(plan["fitted_to"], 10), no_wrap=True)
+        table.add_column(escape(plan["fitted_to"]))
     for row in rows:
-        cells = [_short(row["judged_on"], 20)]
+        cells = [escape(row["judged_on"])]
         for plan in row["plans"][first:]:
             if headline is None:
                 text = number(plan["figures"]["imbalance"]["value"], 2)
@@ -118,16 +119,12 @@ def _matrix(
     return titled(title, table)
 
 
-def _short(name: str, most: int = 14) -> str:
-    return escape(name if len(name) <= most else name[: most - 1] + "…")
-
-
 def _learning(deep: Mapping[str, Any]) -> list[RenderableType]:
     headline = deep["headline"]
-    table = plain_table()
+    table = Sheet()
     headers = ["fitted to", "requests", "tokens", "change against contiguous", "imbalance"]
     for header in headers:
-        table.add_column(header, no_wrap=True)
+        table.add_column(header)
     kinds = {"requests": "whole requests", "tokens": "single tokens", "all": "everything"}
     order = list(kinds)
     for point in sorted(deep["learning"], key=lambda p: (order.index(p["by"]), p["tokens"])):

@@ -10,7 +10,9 @@ from typing import Any
 from rich.console import RenderableType
 from rich.markup import escape
 
-from placer.report.tables import change_text, number, plain_table, titled
+from placer.report.sheet import Sheet
+from placer.report.tables import change_text, number, titled
+from placer.wording import counted
 
 DIMENSIONS = {
     "num_ranks": "GPUs",
@@ -37,13 +39,13 @@ def sweep_table(document: Mapping[str, Any]) -> list[RenderableType]:
     if not cells:
         return ["no cell was finished"]
     names = varying(cells)
-    table = plain_table()
+    table = Sheet(keys=len(names))
     for name in names:
-        table.add_column(DIMENSIONS[name], no_wrap=True)
+        table.add_column(DIMENSIONS[name])
     timed = any(c["result"] and c["result"]["step_time"] for c in cells)
     headers = ["change of messages", "imbalance", "p95 batches", "contig."]
     for header in [*headers, "step time"] if timed else headers:
-        table.add_column(header, no_wrap=True)
+        table.add_column(header)
     refused: dict[str, int] = {}
     for cell in cells:
         row = [escape(str(cell["config"][name]) or "–") for name in names]
@@ -59,7 +61,7 @@ def sweep_table(document: Mapping[str, Any]) -> list[RenderableType]:
     ]
     requests = next((c["result"]["requests"] for c in cells if c["result"]), None)
     plans = len(cells) - sum(refused.values())
-    what = f"{plans} cell{'' if plans == 1 else 's'}, judged on held-out requests"
+    what = f"{counted(plans, 'cell')}, judged on held-out requests"
     what += "" if requests is None else f" ({requests:,})"
     lines = titled(
         f"{what}; modelled by replay; {', '.join(fixed)}",
@@ -68,7 +70,7 @@ def sweep_table(document: Mapping[str, Any]) -> list[RenderableType]:
         "batches mixed from all requests, of the plan and of contiguous placement",
     )
     lines += [
-        f"[yellow]no plan for {count} cell(s):[/] {escape(message)}"
+        f"[yellow]no plan for {counted(count, 'cell')}:[/] {escape(message)}"
         for message, count in refused.items()
     ]
     unknown = {
@@ -80,8 +82,10 @@ def sweep_table(document: Mapping[str, Any]) -> list[RenderableType]:
     if unknown:
         lines.append(f"step time is unknown without {', '.join(sorted(unknown))}")
     if document["interrupted"]:
+        missing = document["missing"]
         lines.append(
-            f"[yellow]interrupted: {document['missing']} cells are missing[/]; run it again"
+            f"[yellow]interrupted: {counted(missing, 'cell is', 'cells are')} missing[/]; "
+            "run it again"
         )
     return lines
 

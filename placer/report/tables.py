@@ -7,7 +7,9 @@ from typing import Any
 
 from rich.console import RenderableType
 from rich.markup import escape
-from rich.table import Table
+
+from placer.report.sheet import Sheet
+from placer.wording import counted
 
 SHORT = {
     "span": "span (ranks per token)",
@@ -39,7 +41,7 @@ NODE_FIGURES = (
     "cross_node_fraction",
 )
 
-GAP_NOTE = "gap: in-sample, to plans that are as balanced"
+GAP_NOTE = "gap: in-sample"
 SCOPES = {
     "held-out": "held-out: requests that the plan was not fitted to",
     "unseen": "unseen: a trace that the plan was not fitted to",
@@ -47,24 +49,10 @@ SCOPES = {
 }
 
 
-def plain_table(title: str | None = None, caption: str | None = None) -> Table:
-    """The look that all tables share."""
-    return Table(
-        title=title,
-        caption=caption,
-        title_justify="left",
-        caption_justify="left",
-        box=None,
-        pad_edge=False,
-        header_style="bold",
-        padding=(0, 2, 0, 0),
-    )
-
-
-def titled(title: str, table: Table, caption: str = "") -> list[RenderableType]:
-    """A blank line, a title, the table and a caption, none of them cut to the table's width."""
-    lines: list[RenderableType] = ["", f"[italic]{title}[/]", table]
-    return [*lines, f"[dim]{caption}[/]"] if caption else lines
+def titled(title: str, table: Sheet, caption: str = "") -> list[RenderableType]:
+    """A blank line, then the table with a title and a caption."""
+    table.title, table.caption = title, caption
+    return ["", table]
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -98,12 +86,12 @@ def evaluation_table(document: Mapping[str, Any], show_all: bool = False) -> lis
     """A plan beside its baselines, from an evaluation's document."""
     from placer.cost import METRICS
 
-    table = plain_table(*_judged_on(document))
-    table.add_column("figure", no_wrap=True)
-    table.add_column("plan", no_wrap=True)
+    table = Sheet(*_judged_on(document))
+    table.add_column("figure")
+    table.add_column("plan")
     for name in document["baselines"]:
-        table.add_column(escape(name), no_wrap=True)
-        table.add_column("change", no_wrap=True)
+        table.add_column(escape(name))
+        table.add_column("change", joined=True)
     nodes = document["metrics"].get("node_span", {"value": 1.0})["value"] != 1.0
     for info in METRICS:
         entry = document["metrics"].get(info.name)
@@ -124,7 +112,10 @@ def _judged_on(document: Mapping[str, Any]) -> tuple[str, str]:
     """Title and caption of an evaluation: what judged the plan, and how."""
     scope, requests, tokens = document["scope"], document["requests"], document["tokens"]
     if document.get("kind") == "load":
-        windows = f"{document['windows']:,} windows, {document['pairs']:,} token-expert pairs"
+        windows = (
+            f"{counted(document['windows'], 'window')}, "
+            f"{counted(document['pairs'], 'token-expert pair')}"
+        )
         title = (
             f"IN-SAMPLE: the load that the plan was fitted to ({windows})"
             if scope == "in-sample"
@@ -132,7 +123,7 @@ def _judged_on(document: Mapping[str, Any]) -> tuple[str, str]:
         )
         return title, "a load record: balance only; modelled, copies share an expert's load evenly"
     return (
-        f"{SCOPES[scope]} ({requests:,} requests, {tokens:,} tokens)",
+        f"{SCOPES[scope]} ({counted(requests, 'request')}, {counted(tokens, 'token')})",
         f"dispatch {document['dispatch']}; modelled by replay; brackets: 95 % over requests",
     )
 
@@ -164,18 +155,18 @@ def comparison_table(document: Mapping[str, Any]) -> list[RenderableType]:
     messages = f"messages_{document['dispatch']}"
     if messages not in document["rows"][0]["metrics"]:
         messages = "messages_alltoall"
-    table = plain_table(
-        f"{SCOPES[document['scope']]} ({document['requests']:,} requests, "
-        f"{document['tokens']:,} tokens)",
-        f"{document['num_ranks']} ranks on {document['num_nodes']} node(s), "
-        f"{document['slots_per_rank']} slots per rank; modelled by replay; "
+    table = Sheet(
+        f"{SCOPES[document['scope']]} ({counted(document['requests'], 'request')}, "
+        f"{counted(document['tokens'], 'token')})",
+        f"{counted(document['num_ranks'], 'rank')} on {counted(document['num_nodes'], 'node')}, "
+        f"{counted(document['slots_per_rank'], 'slot')} per rank; modelled by replay; "
         "brackets: 95 % over requests; change against contiguous",
     )
     nodes = document["num_nodes"] > 1
     for header in ("solver", "messages", "change", "node messages" if nodes else None, "imbalance",
                    "p95 batches", "cross-rank", "gap", "solve"):  # fmt: skip
         if header:
-            table.add_column(header, no_wrap=True)
+            table.add_column(header, joined=header in ("change", "p95 batches"))
     best = _best_rows(document["rows"], messages)
     for row in document["rows"]:
         figures, change = row["metrics"], row["change"]
@@ -192,8 +183,9 @@ def comparison_table(document: Mapping[str, Any]) -> list[RenderableType]:
             f"{row['seconds']:.2f} s",
         ]
         table.add_row(*(cell for cell in cells if cell is not None))
-    if any(row.get("bound_max_imbalance") is not None for row in document["rows"]):
-        table.caption = f"{table.caption}; {GAP_NOTE}"
+    as_balanced = any(row.get("bound_max_imbalance") is not None for row in document["rows"])
+    if any(row["gap"] is not None for row in document["rows"]):
+        table.caption += f"; {GAP_NOTE}{', to plans that are as balanced' if as_balanced else ''}"
     failed = [
         f"[red]{entry['solver']}:[/] {escape(entry['error'])}" for entry in document["failed"]
     ]

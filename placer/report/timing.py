@@ -8,7 +8,8 @@ from typing import Any
 from rich.console import RenderableType
 from rich.markup import escape
 
-from placer.report.tables import plain_table
+from placer.report.sheet import Sheet
+from placer.wording import counted
 
 
 def timing_table(document: Mapping[str, Any]) -> list[RenderableType]:
@@ -16,9 +17,9 @@ def timing_table(document: Mapping[str, Any]) -> list[RenderableType]:
     rows = {name: entry for name, entry in document.items() if name != "cluster"}
     first = next(iter(rows.values()))
     overlap = first["micro_batches"] > 1
-    table = plain_table(
+    table = Sheet(
         f"modelled step time on {escape(document['cluster'])}, MoE layers only, microseconds "
-        f"({first['num_batches']:,} batches: {first['batches']})",
+        f"({counted(first['num_batches'], 'batch', 'batches')}: {first['batches']})",
         "shares of the work; imbalance: what the busiest rank computes beyond the mean; "
         f"computation by {first['compute_by']}"
         + (f"; {first['micro_batches']} micro-batches overlap" if overlap else ""),
@@ -26,11 +27,12 @@ def timing_table(document: Mapping[str, Any]) -> list[RenderableType]:
     headers = ["placement", "mean", "p50", "p95", "p99", "transfer", "latency", "compute"]
     headers += ["imbalance", *(["hidden"] if overlap else []), "waited for"]
     for header in headers:
-        table.add_column(header, no_wrap=True)
+        table.add_column(header, words=header == "waited for")
     for name, entry in rows.items():
         if entry["total_us"] is None:
             missing = ", ".join(entry["missing"]) or "no batches"
-            table.add_row(escape(name), f"unknown: {missing}")
+            row = ["–"] * (len(headers) - 2)
+            table.add_row(escape(name), *row, escape(f"unknown: {missing}"))
             continue
         shares, bottleneck = entry["shares"], entry["bottleneck"]
         waited = [

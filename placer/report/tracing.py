@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import RenderableType
 from rich.markup import escape
 
+from placer.wording import counted
+
 if TYPE_CHECKING:
     from placer.tracer import TraceSummary
 
@@ -31,7 +33,7 @@ def tracing_document(summary: TraceSummary) -> dict[str, Any]:
 def tracing_lines(document: Mapping[str, Any]) -> list[RenderableType]:
     """One line for people."""
     return [
-        f"[bold]{escape(document['path'])}[/]: {document['tokens']:,} tokens of "
-        f"{document['prompts']:,} prompts, {document['layers']} layers x {document['experts']} "
-        f"experts, top-{document['top_k']}, in {document['seconds']:.1f} s"
+        f"[bold]{escape(document['path'])}[/]: {counted(document['tokens'], 'token')} of "
+        f"{counted(document['prompts'], 'prompt')}, {counted(document['layers'], 'layer')} x "
+        f"{document['experts']} experts, top-{document['top_k']}, in {document['seconds']:.1f} s"
     ]

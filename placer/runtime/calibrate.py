@@ -34,6 +34,7 @@ from placer.runtime.calibrate_probes import (
 from placer.runtime.context import RankContext, context_from_environment, is_launched
 from placer.runtime.launch import launch
 from placer.trace.model import ModelDims
+from placer.wording import counted
 
 _SIZES = (1, 4, 16, 64, 256, 512)
 _MOST_BYTES = 2**23  # of one rank's states in one exchange
@@ -256,8 +257,9 @@ def assembled(
     what = states if program.folder is None else f"experts and {states} of {program.folder.name}"
     elsewhere = "" if num_nodes > 1 else "; between nodes nothing was measured: as inside the node"
     source = (
-        f"measured: placer calibrate, {measured.backend}, {context.num_ranks} ranks on "
-        f"{num_nodes} node(s), {os.cpu_count()} cores here; {what}; latencies are those of "
+        f"measured: placer calibrate, {measured.backend}, "
+        f"{counted(context.num_ranks, 'rank')} on {counted(num_nodes, 'node')}, "
+        f"{counted(os.cpu_count() or 1, 'core')} here; {what}; latencies are those of "
         f"collectives among {context.num_ranks} ranks{elsewhere}"
     )
     return Calibration(replace(cluster, source=source), links, roofline, measured, program)

@@ -25,6 +25,7 @@ from placer.errors import BadFileError
 from placer.trace.checks import expert_dtype
 from placer.trace.layout import Manifest
 from placer.trace.rounds import round_names
+from placer.wording import counted
 
 ROW_GROUP_TOKENS = 32768
 
@@ -118,7 +119,7 @@ def to_table(
 def read_numbers(column: pa.Array, where: str) -> NDArray[Any]:
     """[t] the values of a column of numbers, none of them null; a view where possible."""
     if column.null_count:
-        raise BadFileError(f"{where} holds {column.null_count} null(s), expected none")
+        raise BadFileError(f"{where} holds {counted(column.null_count, 'null')}, expected none")
     return np.asarray(column.to_numpy())
 
 
@@ -134,7 +135,7 @@ def read_list(
     start = int(offsets[0])
     inner = column.values.slice(start, int(offsets[-1]) - start)
     if column.null_count:
-        raise BadFileError(f"{where} holds {column.null_count} null(s), expected lists")
+        raise BadFileError(f"{where} holds {counted(column.null_count, 'null')}, expected lists")
     values = read_numbers(inner, where)
     top_k = out.shape[1]
     lengths: NDArray[np.integer] = np.diff(offsets)

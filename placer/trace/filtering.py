@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from placer.errors import UsageError
 from placer.trace.model import PHASE_NAMES, Trace
 from placer.trace.source import CHUNK_TOKENS, TraceSource, listing
+from placer.wording import counted
 
 
 class FilteredSource(TraceSource):
@@ -80,7 +81,7 @@ class FilteredSource(TraceSource):
         )
         asked = [] if self._phase is None else [f"of phase {PHASE_NAMES[self._phase]}"]
         if self._requests is not None:
-            asked.append(f"of the {self._requests.size} request(s) asked for")
+            asked.append(f"of the {counted(self._requests.size, 'request')} asked for")
         raise UsageError(
             f"{self.name} has no tokens {' and '.join(asked)}",
             f"tokens by phase: {counts}; requests: {listing(self._parent.request_ids().tolist())}",

@@ -17,6 +17,7 @@ from placer.trace.model import PHASE_NAMES, Trace
 from placer.trace.native import NativeSource
 from placer.trace.opening import open_trace
 from placer.trace.source import TraceSource
+from placer.wording import counted
 
 _FEW_TOKENS = 32  # too few to call a routing suspicious
 
@@ -133,8 +134,9 @@ class _Counts:
         repeating = self.requests.repeating()
         if repeating.size:
             found.append(
-                f"{repeating.size} request(s), e.g. {repeating[0]}, have several tokens at one "
-                "position (recomputed after preemption, or one id for several requests?)"
+                f"{counted(repeating.size, 'request has', 'requests have')} several tokens at one "
+                f"position, e.g. {repeating[0]} (recomputed after preemption, or one id for "
+                "several requests?)"
             )
         return found
 

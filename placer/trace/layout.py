@@ -142,8 +142,9 @@ def join_manifest(folder: Path, manifest: Manifest, rank: int) -> None:
         temporary.unlink(missing_ok=True)
     differing = manifest.differences(read_manifest(folder))
     if differing:
+        verb = "differs" if len(differing) == 1 else "differ"
         raise UsageError(
-            f"{target} describes another trace: {', '.join(differing)} differ(s)",
+            f"{target} describes another trace: {', '.join(differing)} {verb}",
             "give another path, or --force to replace that trace",
         )
 

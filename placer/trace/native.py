@@ -18,6 +18,7 @@ from placer.trace.checks import check_per_token, check_phase, check_routing, exp
 from placer.trace.labels import add_label, labels_of_pairs
 from placer.trace.model import Trace
 from placer.trace.source import CHUNK_TOKENS, TraceSource, check_max_tokens
+from placer.wording import counted
 
 _HINT = "the file was cut short or changed after it was written; trace anew, or restore it"
 
@@ -74,7 +75,8 @@ class NativeSource(TraceSource):
             extra = [path for number, path in files.items() if number >= num_parts]
             if extra:
                 raise BadFileError(
-                    f"{extra[0]} is too many: rank {rank} says that it wrote {num_parts} part(s)",
+                    f"{extra[0]} is too many: rank {rank} says that it wrote "
+                    f"{counted(num_parts, 'part')}",
                     "do not mix the parts of different traces in a folder",
                 )
         for number in range(num_parts):

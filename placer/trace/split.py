@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from placer.errors import UsageError
+from placer.wording import counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +50,8 @@ def split_requests(
     ids = np.unique(np.asarray(request_ids, np.int64))
     if ids.size < 2:
         raise UsageError(
-            f"the trace holds {ids.size} request(s); to judge a plan on tokens that it was not "
-            "fitted to takes two or more",
+            f"the trace holds {counted(ids.size, 'request')}; to judge a plan on tokens that it "
+            "was not fitted to takes two or more",
             "trace more requests, or --in-sample to judge it on the tokens that it was fitted to",
         )
     shuffled = ids[np.argsort(scramble(ids, seed))]

@@ -168,7 +168,8 @@ def test_plans_run_as_they_were_made_for(top_1, tmp_path):
 
 def test_people_see_a_table(tmp_path):
     shown = succeeds(*arguments(plan_for(tmp_path, num_ranks=1), "--repeats", 1)).stdout
-    for text in ("speed", "phases", "times", "sent", "by MoE layer", "exactly", "1 ranks"):
+    titles = ("speed", "phases", "times", "sent", "by MoE layer")
+    for text in (*titles, "exactly", "1 rank,", "1 repeat in turn"):
         assert text in shown
 
 

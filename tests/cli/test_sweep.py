@@ -187,7 +187,7 @@ def test_impossible_cells_say_why_and_do_not_stop_the_rest(trace_folder, tmp_pat
         "sweep", trace_folder, "--gpus", "4,16", "--nodes", "1,3", "--cluster", "h100-nvl8",
         "--spare-slots", "0,20", "-o", tmp_path / "s",
     ).stdout  # fmt: skip
-    assert "no plan for 1 cell(s): a node of h100-nvl8 has 8 ranks, not 16" in text
+    assert "no plan for 1 cell: a node of h100-nvl8 has 8 ranks, not 16" in text
 
 
 def test_allgather_is_about_balance(trace_folder, tmp_path):

@@ -196,7 +196,7 @@ def test_vllm_load_leaves_out_what_was_cut_off(tmp_path):
     np.testing.assert_array_equal(recorded.content.load, [a])
     assert recorded.warnings == [
         "the last line of x.jsonl is cut short, left out",
-        "1 windows lack some layer, left out",
+        "1 window lacks some layer, left out",
     ]
 
 

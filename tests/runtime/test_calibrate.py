@@ -194,7 +194,7 @@ def test_two_real_ranks_give_a_cluster_file_that_says_how_well_it_fits(tmp_path)
     assert len(cluster.curve_pairs) == len(cluster.curve_us) > 3
     assert min(cluster.curve_us) > 0
     assert cluster.pair_gbps[0][1] > 0 < cluster.pair_gbps[1][0]
-    assert cluster.source.startswith("measured: placer calibrate, gloo, 2 ranks on 1 node(s)")
+    assert cluster.source.startswith("measured: placer calibrate, gloo, 2 ranks on 1 node,")
     assert "between nodes nothing was measured" in cluster.source
     path = tmp_path / "here.toml"
     summary = found.summary()

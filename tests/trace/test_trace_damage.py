@@ -133,7 +133,7 @@ def test_all_parts_missing(folder: Path) -> None:
 
 def test_an_extra_part(folder: Path) -> None:
     shutil.copy(folder / PART, folder / "part-0-00003.parquet")
-    refused(folder, "part-0-00003.parquet is too many", "wrote 3 part(s)")
+    refused(folder, "part-0-00003.parquet is too many", "wrote 3 parts")
 
 
 def test_two_files_for_one_part(folder: Path) -> None:

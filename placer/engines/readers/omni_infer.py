@@ -17,6 +17,7 @@ from placer.engines.readers.common import moe_layers
 from placer.engines.records import Hints, Recorded
 from placer.errors import BadFileError, UsageError
 from placer.trace.load import make_load
+from placer.wording import counted
 
 _NAME = re.compile(r"activation_counts_recordstep_(\d+)_rank_(\d+)\.txt")
 
@@ -45,7 +46,8 @@ def read(path: Path, hints: Hints) -> Recorded:
         if len({len(counts) for counts in of_ranks}) > 1:
             raise BadFileError(f"{path}: the files of step {step} differ in their layers")
         windows.append(np.concatenate(of_ranks, axis=1))
-    warnings = [f"{dropped} step(s) lack the file of some rank, left out"] if dropped else []
+    lacking = f"{counted(dropped, 'step lacks', 'steps lack')} the file of some rank, left out"
+    warnings = [lacking] if dropped else []
     if len({window.shape for window in windows}) > 1:
         raise BadFileError(f"{path}: the steps differ in their numbers of layers or slots")
     if not windows:

@@ -31,6 +31,7 @@ from placer.errors import BadFileError
 from placer.trace.checks import make_trace
 from placer.trace.load import make_load
 from placer.trace.model import DECODE, PREFILL
+from placer.wording import counted
 
 _DECODE, _IDLE = 2, 4  # ForwardMode of sglang/srt/model_executor/forward_batch_info.py
 
@@ -129,7 +130,10 @@ def _read_per_token(path: Path, packs: list[tuple[Path, Any]], hints: Hints) -> 
         elif len(stream.experts):
             streams.append(stream)
     if repeated:
-        warnings.append(f"{repeated} file(s) hold the tokens of another rank (tensor parallelism)")
+        warnings.append(
+            f"{counted(repeated, 'file holds', 'files hold')} the tokens of another rank "
+            "(tensor parallelism)"
+        )
     if not streams:
         raise BadFileError(f"{path} holds no tokens", "was anything served while it recorded?")
     num_experts = number_of_experts(hints, max(stream.num_experts for stream in streams), str(path))

@@ -21,6 +21,7 @@ from placer.engines.records import Hints, Recorded
 from placer.errors import BadFileError
 from placer.trace.checks import make_trace
 from placer.trace.load import make_load
+from placer.wording import counted
 
 _COUNTS = re.compile(r"rank(\d+)\.safetensors")
 _RAW = re.compile(r"token_selected_experts_rank(\d+)\.safetensors")
@@ -87,7 +88,7 @@ def _read_tokens(path: Path, files: dict[int, Path], num_experts: int) -> Record
         "it records no gate weights: the first expert of a token counts as its primary",
     ]
     if repeated:
-        warnings.append(f"{repeated} rank(s) recorded the tokens of another one")
+        warnings.append(f"{counted(repeated, 'rank')} recorded the tokens of another one")
     trace = make_trace(
         experts=np.concatenate([stream[1] for stream in streams]),
         num_experts=num_experts,

@@ -19,6 +19,7 @@ from placer.engines.readers.common import files_of, number_of_experts
 from placer.engines.records import Hints, Recorded
 from placer.errors import BadFileError
 from placer.trace.load import make_load
+from placer.wording import counted
 
 _ITERATION, _INTERVAL = "vllm.expert_load.iteration", "vllm.expert_load"
 
@@ -61,7 +62,10 @@ def read(path: Path, hints: Hints) -> Recorded:
     numbers = sorted({window for window, _ in chosen})
     windows = [n for n in numbers if all((n, layer) in chosen for layer in layers)]
     if len(windows) < len(numbers):
-        warnings.append(f"{len(numbers) - len(windows)} windows lack some layer, left out")
+        warnings.append(
+            f"{counted(len(numbers) - len(windows), 'window lacks', 'windows lack')} some layer, "
+            "left out"
+        )
     if not windows:
         raise BadFileError(f"{path}: no window has all {len(layers)} layers")
     load = np.stack([np.stack([chosen[n, layer] for layer in layers]) for n in windows])
