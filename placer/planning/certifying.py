@@ -11,6 +11,7 @@ import numpy as np
 
 from placer.errors import UsageError
 from placer.plan import Plan
+from placer.planning.parts import judging_part
 from placer.planning.posing import build_problem
 from placer.planning.settings import Progress, Settings
 from placer.trace.source import TraceSource
@@ -121,12 +122,14 @@ class Certificate:
     """What is proven about a plan on a trace.
 
     Attributes:
+        scope: "in-sample" where the plan was fitted to some of the tokens, else "unseen".
         tokens, requests: of the trace that were counted.
         sampled_tokens: of them, that the figures from single tokens (span, messages) are of.
         bounds: on the plan's figures.
         seconds: wall-clock time.
     """
 
+    scope: str
     tokens: int
     requests: int
     sampled_tokens: int
@@ -138,6 +141,7 @@ class Certificate:
         return {
             "format": FORMAT,
             "schema_version": SCHEMA_VERSION,
+            "scope": self.scope,
             "tokens": self.tokens,
             "requests": self.requests,
             "sampled_tokens": self.sampled_tokens,
@@ -203,7 +207,9 @@ def certify_plan(
         problem = replace(problem, max_imbalance=max(1.0, own))
     progress("proving bounds")
     bounds = certify(problem, placement.physical_to_logical, Budget(seconds), figures)
+    _, scope = judging_part(source, plan, phase=phase, all_requests=True)
     return Certificate(
+        scope=scope,
         tokens=part.num_tokens,
         requests=len(part.request_ids()),
         sampled_tokens=0 if problem.tokens is None else len(problem.tokens),

@@ -9,15 +9,21 @@ from rich.console import RenderableType
 from rich.markup import escape
 
 from placer.report.sheet import Sheet
-from placer.report.tables import NAMES, number
+from placer.report.tables import NAMES, SCOPES, number
 from placer.wording import counted
+
+_SCOPES = SCOPES | {
+    "in-sample": "IN-SAMPLE: all tokens, also those that the plan was fitted to; `placer evaluate` "
+    "says what it does on others"
+}
 
 
 def certificate_table(document: Mapping[str, Any]) -> list[RenderableType]:
     """What `placer certify` found."""
-    title = (
-        f"[bold]{escape(document['plan'])}[/] on {escape(document['trace'])}: "
-        f"{counted(document['requests'], 'request')}, {counted(document['tokens'], 'token')}"
+    title = f"[bold]{escape(document['plan'])}[/] on {escape(document['trace'])}"
+    of = (
+        f"{_SCOPES[document['scope']]} ("
+        f"{counted(document['requests'], 'request')}, {counted(document['tokens'], 'token')})"
     )
     sampled = document["sampled_tokens"]
     note = (
@@ -27,6 +33,7 @@ def certificate_table(document: Mapping[str, Any]) -> list[RenderableType]:
     )
     return [
         title,
+        of,
         bounds_table(document["bounds"]),
         "[dim]proven: no plan with as many ranks and slots is below the bound on these tokens."
         f"{note} {document['seconds']:.1f} s[/]",

@@ -7,6 +7,8 @@ import json
 import pytest
 
 from placer.plan import read_plan
+from placer.trace import write_npz
+from tests.conftest import topic_trace
 
 from .running import fails, succeeds
 
@@ -49,6 +51,15 @@ def test_certify_bounds_any_plan_and_the_plan_for_it_meets_the_bound(trace_folde
     shown = succeeds("certify", load_only, trace_folder, "--seconds", 2).stdout
     assert "cross-rank fraction" in shown
     assert "gap at most" in shown
+
+
+def test_certify_says_whose_tokens_its_figures_are_of(plan_path, trace_folder, tmp_path):
+    asked = ("--seconds", 1, "--figure", "coactivation_cut")
+    assert "IN-SAMPLE" in succeeds("certify", plan_path, trace_folder, *asked).stdout
+    own = succeeds("certify", plan_path, trace_folder, *asked, "--json").document()
+    assert own["scope"] == "in-sample"
+    write_npz(topic_trace(seed=7), other := tmp_path / "other.npz")
+    assert "unseen" in succeeds("certify", plan_path, other, *asked).stdout
 
 
 def test_certify_in_solve_goes_into_the_plan_file(trace_folder, tmp_path):
