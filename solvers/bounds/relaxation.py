@@ -1,4 +1,4 @@
-"""A doubly nonnegative relaxation with triangle cuts: how much can stay within ranks at most.
+"""A doubly nonnegative relaxation with cuts that are stars: how much can stay within ranks at most.
 
 Problem: every rank holds s = E / G experts of each layer. M[u, v] = 1 if experts u and v, of one or
 of two neighbouring layers, share a rank.
@@ -11,10 +11,11 @@ what sums to zero over each layer. Every placement has
 
     (1)  M = J / G + V R V^T,   0 <= R <= b s I,   tr R = b s (G - 1)      rows sum to s; M is PSD
     (2)  0 <= M <= 1,   M_uu = 1
-    (3)  M_uv + M_vw - M_uw <= 1                                          sharing is transitive
+    (3)  sum over t in T of M_ut - sum over t, t' in T of M_tt' <= 1      stars: a centre u, 2 to
+                                                                          5 leaves T; see `stars`
 
 Bound. Let D_p be any symmetric matrix for each copy p of (1), and mu >= 0 a multiplier for each of
-some triangles (3), T mu its coefficients. With S = costs - (sum of D_p over copies) - T mu,
+some stars (3), T mu its coefficients. With S = costs - (sum of D_p over copies) - T mu,
 
     bound = sum_p ( <D_p, J> / G + b s x (sum of the G - 1 largest eigenvalues of V^T D_p V) )
             + sum over u != v of max(S_uv, 0) + sum of S_uu + sum mu
@@ -26,45 +27,47 @@ raised by what rounding can amount to.
 
 Search: the alternating direction method of multipliers (ADMM) on (1) | (2, 3), over-relaxed, in
 single precision, one eigendecomposition a copy and iteration, on two threads. In the step for
-(2, 3) a sweep of Hildreth's method over the known triangles (exact ascent in each multiplier, the
+(2, 3) a sweep of Hildreth's method over the known stars (exact ascent in each multiplier, the
 entries clipped to [0, 1]) takes the place of an exact projection; multipliers carry over from one
-iteration to the next. Triangles are separated in full now and then: for each pair u, w the most
-violated v.
+iteration to the next. Now and then violated stars are looked for, and idle ones dropped.
 
 Complexity: per iteration O(L E^3), and O(L E^3) for a separation; memory O(L E^2).
 
 Sources: the matrix lifting and (1) as in Wolkowicz and Zhao, Semidefinite programming relaxations
 for the graph partitioning problem, Discrete Applied Mathematics 96, 1999; safe bounds from any dual
-point as in Jansson, Chaykin and Keil, SIAM Journal on Numerical Analysis 46, 2008; (3) from
-Groetschel and Wakabayashi, A cutting plane algorithm for a clustering problem, Mathematical
-Programming 45, 1989. Sharing blocks along a chain of layers: placer.
+point as in Jansson, Chaykin and Keil, SIAM Journal on Numerical Analysis 46, 2008. Sharing blocks
+along a chain of layers: placer.
 """
 
 from __future__ import annotations
 
 import importlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from solvers.bounds import relaxation_kernels as kernels
+from solvers.bounds.stars import (
+    Rows,
+    Stars,
+    larger_violated,
+    no_stars,
+    violated_between,
+    violated_within,
+)
 from solvers.budget import Budget
 
 Floats = NDArray[np.float64]
 Singles = NDArray[np.float32]
-Entries = NDArray[np.int64]
 
 THREADS = 2
 _EPSILON = float(np.finfo(np.float64).eps)
 _ROUNDING = 1e-12  # of a sum, relative to the sum of absolute values
 _OVER_RELAXATION = 1.6
 _PENALTY = 0.7  # of x != y, where costs spread by one
-_CUTS_WITHIN, _CUTS_BETWEEN = 12, 48  # new ones per separation, times E
-_SEPARATE_FROM, _SEPARATE_EVERY = 5, 5
-_LEAST_VIOLATION = 0.02
-_KEPT_ROUNDS = 12  # of separation, that a triangle without a multiplier survives
+_SEPARATE_FROM, _LARGER_FROM, _SEPARATE_EVERY = 5, 10, 5
 _EVALUATE_EVERY = 10
 _MET = 1e-9
 _PATIENCE, _STALLED = 8, 2e-5  # evaluations without so much relative gain end the search
@@ -111,44 +114,6 @@ class Chain:
     def num_entries(self) -> int:
         between = 0 if self.flow is None else len(self.flow)
         return (self.num_layers + between) * self.num_experts**2
-
-
-@dataclass(frozen=True, eq=False)
-class Triangles:
-    """Cuts x[p] + x[q] - x[r] <= 1 on entries numbered as in `relaxation_kernels`.
-
-    Attributes:
-        entries: [N, 3] p, q, r.
-        multiplier: [N] mu.
-        age: [N] separations since the multiplier was last positive.
-    """
-
-    entries: Entries = field(default_factory=lambda: np.zeros((0, 3), np.int64))
-    multiplier: Singles = field(default_factory=lambda: np.zeros(0, np.float32))
-    age: Entries = field(default_factory=lambda: np.zeros(0, np.int64))
-
-    def frozen(self) -> Triangles:
-        """A copy, which the search does not change."""
-        return Triangles(self.entries, self.multiplier.copy(), self.age)
-
-    def coefficients(self, num_entries: int) -> Floats:
-        """[num_entries] T mu."""
-        total = np.zeros(num_entries)
-        for column, sign in ((0, 1.0), (1, 1.0), (2, -1.0)):
-            total += sign * np.bincount(self.entries[:, column], self.multiplier, num_entries)
-        return total
-
-    def renewed(self, found: Entries, num_entries: int) -> Triangles:
-        """Without those that have long been idle, and with those that were found."""
-        age = np.where(self.multiplier > 0, 0, self.age + 1)
-        kept = age < _KEPT_ROUNDS
-        entries = np.concatenate([self.entries[kept], found])
-        multiplier = np.concatenate([self.multiplier[kept], np.zeros(len(found), np.float32)])
-        age = np.concatenate([age[kept], np.zeros(len(found), np.int64)])
-        # two sides of a triangle tell the third
-        key = entries[:, :2].min(axis=1) * num_entries + entries[:, :2].max(axis=1)
-        _, first = np.unique(key, return_index=True)
-        return Triangles(entries[first], multiplier[first], age[first])
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,22 +176,23 @@ class _Search:
         self.dual = np.zeros_like(self.y)
         self.x = np.empty_like(self.costs)
         self.target = np.empty_like(self.costs)
-        self.triangles = Triangles()
+        self.stars = Stars.of(no_stars(), num_layers, num_experts)
         layers = np.arange(num_layers)
         first, last = np.maximum(0, layers - chain.blocks + 1), np.minimum(layers, len(self.y) - 1)
         self.overlap = (last - first + 1).astype(np.float32)  # copies that a layer is in
-        self.weight = np.full_like(self.costs, 2 * _PENALTY)
-        self.weight[:num_layers] *= self.overlap[:, None, None]
+        weight = np.full_like(self.costs, 2 * _PENALTY)
+        weight[:num_layers] *= self.overlap[:, None, None]
+        self.inverse: Singles = np.reciprocal(weight)
 
     def run(self, budget: Budget, max_iterations: int, value: float | None) -> Proof:
-        best: tuple[float, Singles, Triangles] | None = None
+        best: tuple[float, Singles, Stars] | None = None
         stalled = iteration = 0
         took = 0.0
         while True:
             began = budget.remaining()
             self.step_entries()
             if iteration >= _SEPARATE_FROM and iteration % _SEPARATE_EVERY == 0:
-                self.separate()
+                self.separate(larger=iteration >= _LARGER_FROM)
             answers = list(self.pool.map(self.project, range(len(self.y))))
             iteration += 1
             # what follows the last iteration takes about as long as two
@@ -237,7 +203,7 @@ class _Search:
                 gain = np.inf if best is None else (best[0] - estimate) / abs(best[0])
                 stalled = 0 if gain > _STALLED else stalled + 1
                 if best is None or gain > 0:
-                    best = estimate, self.dual.copy(), self.triangles.frozen()
+                    best = estimate, self.dual.copy(), self.stars.frozen()
                 met = value is not None and best[0] <= value * (1 + _MET)
                 if last or met or stalled >= _PATIENCE:
                     break
@@ -260,29 +226,30 @@ class _Search:
             between = target[num_layers:]
             between[:] = pull[:, :num_experts, num_experts:]
             between += self.costs[num_layers:] / (2 * _PENALTY)
-        cuts = self.triangles
-        if len(cuts.entries):
-            weight = self.weight
-            target -= (cuts.coefficients(target.size).reshape(target.shape) / weight).astype(
-                np.float32
-            )
-            p, q, r = (np.ascontiguousarray(column) for column in cuts.entries.T)
-            kernels.tighten(target.ravel(), weight.ravel(), p, q, r, cuts.multiplier)
+        if len(self.stars.members):
+            pressed = self.stars.coefficients(target.size).reshape(target.shape)
+            target -= (pressed * self.inverse).astype(np.float32)
+            self.stars.tighten(target.ravel(), self.inverse.ravel())
         np.clip(target, 0.0, 1.0, out=self.x)
         half = np.where(self.upper, self.x[:num_layers], 0.0)
         self.x[:num_layers] = half + half.transpose(0, 2, 1)
         diagonal = np.arange(num_experts)
         self.x[:num_layers, diagonal, diagonal] = 1.0
 
+    def matrix(self, copy: int) -> Singles:
+        """[bE, bE] what M is in x, for one copy of (1)."""
+        if self.chain.blocks == 1:
+            layer: Singles = self.x[copy]
+            return layer
+        between = self.x[self.chain.num_layers + copy]
+        matrix: Singles = np.block([[self.x[copy], between], [between.T, self.x[copy + 1]]])
+        return matrix
+
     def project(self, copy: int) -> tuple[float, int]:
         """y and D of one copy of (1); what `relaxation_kernels.project` tells."""
         chain = self.chain
-        blocks = self.x[copy]
-        if chain.blocks == 2:
-            between = self.x[chain.num_layers + copy]
-            blocks = np.block([[blocks, between], [between.T, self.x[copy + 1]]])
         answer: tuple[float, int] = kernels.project(
-            np.ascontiguousarray(blocks),
+            self.matrix(copy),
             self.y[copy],
             self.dual[copy],
             chain.capacity,
@@ -292,53 +259,41 @@ class _Search:
         )
         return answer
 
-    def separate(self) -> None:
-        """Look for violated triangles; drop idle ones."""
-        found = list(self.pool.map(self.violated, range(self.chain.num_layers)))
-        self.triangles = self.triangles.renewed(np.concatenate(found), self.x.size)
+    def separate(self, larger: bool) -> None:
+        """Look for violated triangles, and larger stars if asked to; drop idle ones."""
+        chain = self.chain
+        parts = list(self.pool.map(self.violated, range(chain.num_layers)))
+        if larger:
+            parts += self.pool.map(self.larger_violated, range(len(self.y)))
+        found = np.concatenate(parts)
+        self.stars = self.stars.renewed(found, chain.num_layers, chain.num_experts)
 
-    def violated(self, layer: int) -> Entries:
-        """[n, 3] the most violated triangles of a layer, and of it and the next one."""
-        num_experts, num_layers = self.chain.num_experts, self.chain.num_layers
-        square = num_experts**2
-        pairs = num_experts * (num_experts - 1) // 2
-        found = np.empty((6 * pairs, 3), np.int64)
-        violation = np.empty(len(found), np.float32)
-        same, offset, least = self.x[layer], layer * square, np.float32(_LEAST_VIOLATION)
-        count = kernels.triangles_within(same, offset, least, found, violation)
-        chosen = [_most(found[:count], violation[:count], _CUTS_WITHIN * num_experts)]
-        if self.chain.blocks == 2 and layer + 1 < num_layers:
-            between = self.x[num_layers + layer]
-            start = (num_layers + layer) * square
-            count = kernels.triangles_between(
-                same, between, offset, start, False, least, found, violation, 0
-            )
-            count = kernels.triangles_between(
-                self.x[layer + 1],
-                np.ascontiguousarray(between.T),
-                offset + square,
-                start,
-                True,
-                least,
-                found,
-                violation,
-                count,
-            )
-            chosen.append(_most(found[:count], violation[:count], _CUTS_BETWEEN * num_experts))
-        return np.concatenate(chosen)
+    def violated(self, layer: int) -> Rows:
+        """[n, 6] the most violated triangles of a layer, and of it and the next one."""
+        num_layers = self.chain.num_layers
+        found = violated_within(self.x[layer], layer)
+        if self.chain.blocks == 1 or layer + 1 == num_layers:
+            return found
+        between = self.x[num_layers + layer]
+        more = violated_between(self.x[layer], between, self.x[layer + 1], layer)
+        return np.concatenate([found, more])
+
+    def larger_violated(self, copy: int) -> Rows:
+        """[n, 6] the most violated larger stars of a copy of (1)."""
+        return larger_violated(self.matrix(copy), copy, self.chain.num_experts)
 
     def estimate(self, spectral: float) -> float:
         """The bound of the current dual point, but for rounding."""
-        return spectral + _rest(self.chain, self.costs, self.dual, self.triangles)[0]
+        return spectral + _rest(self.chain, self.costs, self.dual, self.stars)[0]
 
 
-def evaluate(chain: Chain, dual: NDArray[np.floating], cuts: Triangles, scale: float) -> float:
+def evaluate(chain: Chain, dual: NDArray[np.floating], cuts: Stars, scale: float) -> float:
     """The bound that a dual point proves, raised by what rounding can amount to.
 
     Args:
         chain: what may stay.
         dual: [P, bE, bE] D, of the costs times `scale`.
-        cuts: triangles and their multipliers, of the same.
+        cuts: stars and their multipliers, of the same.
         scale: any positive number.
     """
     size, num_ranks, num_experts = dual.shape[1], chain.num_ranks, chain.num_experts
@@ -366,7 +321,7 @@ def evaluate(chain: Chain, dual: NDArray[np.floating], cuts: Triangles, scale: f
 
 
 def _rest(
-    chain: Chain, costs: NDArray[np.floating], dual: NDArray[np.floating], cuts: Triangles
+    chain: Chain, costs: NDArray[np.floating], dual: NDArray[np.floating], cuts: Stars
 ) -> tuple[float, float]:
     """All of the bound but the eigenvalues, and the sum of the absolute values of its terms."""
     num_layers, num_experts = chain.num_layers, chain.num_experts
@@ -390,15 +345,9 @@ def _rest(
         )
         terms.append(np.maximum(costs[num_layers:] - off - coefficients[num_layers:], 0.0))
     total = sum(float(term.sum(dtype=np.float64)) for term in terms)
-    size = float(np.abs(costs).sum() + np.abs(dual).sum(dtype=np.float64) + 3 * terms[2].sum())
+    size = float(np.abs(costs).sum() + np.abs(dual).sum(dtype=np.float64))
+    size += float((1 + cuts.leaves * (cuts.leaves + 1) / 2) @ terms[2])
     return total, size
-
-
-def _most(found: Entries, violation: Singles, number: int) -> Entries:
-    """The `number` most violated ones."""
-    if len(found) > number:
-        found = found[np.argpartition(-violation, number)[:number]]
-    return found.copy()
 
 
 def _spread(costs: Floats) -> float:

@@ -13,7 +13,8 @@ from solver_cases import random_placement
 
 from solvers import Budget, Problem, check
 from solvers.bounds.certifying import certify
-from solvers.bounds.relaxation import Chain, Triangles, bound_kept, evaluate
+from solvers.bounds.relaxation import Chain, bound_kept, evaluate
+from solvers.bounds.stars import MOST_LEAVES, Stars
 
 FIGURES = ("cross_rank_fraction", "coactivation_cut")
 
@@ -89,12 +90,15 @@ def test_any_dual_point_proves_a_bound(seed, blocks):
     chain = chain_of(seed, blocks, 3, 8, 4)
     rng = np.random.default_rng(seed)
     dual = rng.standard_normal((chain.num_copies, 8 * blocks, 8 * blocks)) * rng.uniform(0, 5)
-    triples = [
-        (i * 8 + j, j * 8 + k, i * 8 + k) for i, j, k in combinations(range(8), 3)
-    ]  # x_ij + x_jk - x_ik <= 1 in layer 0
-    chosen = np.array(triples)[rng.random(len(triples)) < 0.3]
-    multiplier = rng.exponential(1, len(chosen)).astype(np.float32)
-    cuts = Triangles(chosen, multiplier, np.zeros(len(chosen), np.int64))
+    triples = np.array(list(combinations(range(8), 3)))  # in layer 0
+    stars = np.full((56, MOST_LEAVES + 1), -1, np.int32)
+    stars[:, :3] = triples
+    stars[::2, 3] = 8 * blocks - 1 - rng.integers(8 * (blocks - 1) + 1, size=28)
+    alike = (stars[:, 3:4] == triples).any(axis=1)
+    stars[alike, 3] = -1
+    stars = stars[rng.random(56) < 0.3]
+    multiplier = rng.exponential(1, len(stars)).astype(np.float32)
+    cuts = Stars.of(stars, 3, 8, multiplier)
     bound = evaluate(chain, dual, cuts, scale=rng.uniform(0.1, 10))
     for _ in range(20):
         ranks = rng.permuted(np.tile(np.repeat(np.arange(4), 2), (3, 1)), axis=1)
