@@ -9,7 +9,7 @@ from solvers.budget import Budget
 from solvers.frontier import frontier, knee
 from solvers.problem import Problem
 from solvers.registry import get, names, register
-from solvers.result import InfeasibleProblem, NoSolutionFound, Result, Solution
+from solvers.result import InfeasibleProblem, NoSolutionFound, RequestError, Result, Solution
 from solvers.solving import capped_imbalance, ctrl_c_stops, solve
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "InfeasibleProblem",
     "NoSolutionFound",
     "Problem",
+    "RequestError",
     "Result",
     "Solution",
     "capped_imbalance",

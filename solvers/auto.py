@@ -13,7 +13,7 @@ from solvers import check
 from solvers.budget import Budget
 from solvers.problem import Problem
 from solvers.registry import get, register
-from solvers.result import Solution
+from solvers.result import RequestError, Solution
 
 
 @register("auto", source="placer", replicates=True, restricted=True)
@@ -27,7 +27,7 @@ def auto(problem: Problem, seed: int, budget: Budget) -> Solution:
     if problem.objective in check.PAIRWISE:
         if problem.restrictions:
             asked = " and ".join(problem.restrictions)
-            raise ValueError(
+            raise RequestError(
                 f"no solver minimises {problem.objective} and keeps {asked}; "
                 "leave out --objective: fewer messages need what is used together to be together"
             )
@@ -40,6 +40,8 @@ def auto(problem: Problem, seed: int, budget: Budget) -> Solution:
         part = budget.part(0.5) if followed else budget
         solution = get(name).function(problem, seed, part)
         solution.notes["chosen"] = name
+        if len(names) == 1:
+            return solution
         parts = check.check(problem, solution.placement)
         worth = (not keeps_cap(problem, parts), check.objective(problem, parts))
         if best is None or worth < best[0]:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from solvers.problem import Dispatch, Problem
+from solvers.result import RequestError
 
 PAIRWISE = {
     "affinity": ("cross_rank_fraction", "affinity between two layers or more"),
@@ -129,7 +130,7 @@ def objective(problem: Problem, parts: dict[str, float]) -> float:
     if problem.objective in PAIRWISE:
         figure, array = PAIRWISE[problem.objective]
         if figure not in parts:
-            raise ValueError(f"objective {problem.objective!r} needs {array}")
+            raise RequestError(f"objective {problem.objective!r} needs {array}")
         return parts[figure]
     traffic = _traffic(problem, parts)
     if problem.objective == "traffic":
@@ -155,7 +156,7 @@ def num_tokens(problem: Problem) -> float:
     elif problem.coactivation is not None:
         per_token = float(_experts_per_token(problem.coactivation).mean())
     else:
-        raise ValueError(f"objective {problem.objective!r} needs tokens or coactivation")
+        raise RequestError(f"objective {problem.objective!r} needs tokens or coactivation")
     return pairs / per_token if per_token > 0 else 0.0
 
 
@@ -171,7 +172,7 @@ def _traffic(problem: Problem, parts: dict[str, float]) -> float:
     elif "messages_pairwise" in parts:
         messages, nodes = parts["messages_pairwise"], parts["node_messages_pairwise"]
     else:
-        raise ValueError(f"objective {problem.objective!r} needs tokens or coactivation")
+        raise RequestError(f"objective {problem.objective!r} needs tokens or coactivation")
     return messages + problem.node_weight * nodes
 
 

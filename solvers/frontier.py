@@ -25,7 +25,7 @@ from solvers.parallel import available_cores, stopping
 from solvers.problem import Problem
 from solvers.registry import get
 from solvers.rehearsing import rehearse
-from solvers.result import Result, Solution
+from solvers.result import RequestError, Result, Solution
 from solvers.selection import Caps
 from solvers.solving import PROOF_SHARE, capped_imbalance, ctrl_c_stops, result_of
 
@@ -47,10 +47,10 @@ def frontier(problem: Problem, seed: int = 0, budget: Budget | None = None) -> l
         budget: when to stop; what was found by then is given back.
 
     Raises:
-        ValueError: the problem has no tokens, or its traffic does not depend on the placement.
+        RequestError: the problem has no tokens, or its traffic does not depend on the placement.
     """
     if problem.tokens is None or problem.dispatch == "allgather":
-        raise ValueError("a frontier needs tokens, and a dispatch whose traffic can be less")
+        raise RequestError("a frontier needs tokens, and a dispatch whose traffic can be less")
     problem = replace(problem, max_imbalance=None, objective="traffic")
     budget = budget or Budget()
     with ctrl_c_stops(budget):

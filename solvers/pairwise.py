@@ -35,7 +35,7 @@ from solvers.contiguous import fill
 from solvers.problem import Problem
 from solvers.proving import prove
 from solvers.registry import register
-from solvers.result import Solution
+from solvers.result import RequestError, Solution
 
 Floats = NDArray[np.float64]
 Ranks = NDArray[np.int64]
@@ -97,14 +97,14 @@ class _Weights:
         ).astype(np.float64)
         if problem.objective == "affinity":
             if problem.affinity is None or problem.num_layers < 2:
-                raise ValueError(
+                raise RequestError(
                     "solver 'pairwise' needs affinity between two layers or more for objective "
                     "'affinity'"
                 )
             flow = problem.affinity.astype(np.float64)
             return _Weights(none, flow / max(1e-300, float(flow.sum())), relative)
         if problem.coactivation is None:
-            raise ValueError("solver 'pairwise' needs coactivation, which the problem lacks")
+            raise RequestError("solver 'pairwise' needs coactivation, which the problem lacks")
         pairs = problem.coactivation * (1.0 - np.eye(num_experts))
         return _Weights(2 * pairs / max(1e-300, float(pairs.sum())), none, relative)
 

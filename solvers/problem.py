@@ -8,6 +8,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from solvers.result import InfeasibleProblem
+
 Dispatch = Literal["alltoall", "coherent", "allgather"]
 Objective = Literal["traffic", "balance", "latency", "affinity", "coactivation"]
 Robust = Literal["mean", "worst", "cvar"]
@@ -66,6 +68,10 @@ class Problem:
             (8 in DeepSeek-V3); divides E. 1 = the router has no groups.
         latency_load_us, latency_message_us: for objective `latency`: microseconds of a layer per
             token-expert pair on the busiest rank, and per message of the average rank.
+
+    Raises:
+        InfeasibleProblem: the slots, pins or slot budget leave no placement, whatever the solver.
+        ValueError: arrays or figures that contradict each other.
     """
 
     load: NDArray[np.float64]
@@ -125,7 +131,7 @@ class Problem:
                 f"{self.ranks_per_node} ranks per node do not divide {self.num_ranks} ranks"
             )
         if self.num_slots < num_experts:
-            raise ValueError(
+            raise InfeasibleProblem(
                 f"{self.num_ranks} ranks x {self.slots_per_rank} slots = {self.num_slots} slots "
                 f"cannot hold {num_experts} experts"
             )
@@ -204,7 +210,7 @@ class Problem:
             short = slots.sum(axis=1) < self.num_experts
             if short.any():
                 layer = int(np.argmax(short))
-                raise ValueError(
+                raise InfeasibleProblem(
                     f"layer {layer}: the ranks' {int(slots[layer].sum())} slots cannot hold "
                     f"{self.num_experts} experts"
                 )
@@ -216,7 +222,7 @@ class Problem:
             raise ValueError("link_cost must be [G, G], 0 or more, and 0 on the diagonal")
         least = -(-self.num_experts // self.num_ranks) * self.num_layers
         if self.slot_budget is not None and self.slot_budget < least:
-            raise ValueError(
+            raise InfeasibleProblem(
                 f"{self.slot_budget} slots per rank over all layers; {self.num_layers} layers of "
                 f"{self.num_experts} experts need {least}"
             )
@@ -232,7 +238,9 @@ class Problem:
             for layer in range(self.num_layers):
                 held = pinned[layer][pinned[layer] >= 0]
                 if (np.bincount(held, minlength=self.num_ranks) > room[layer]).any():
-                    raise ValueError(f"layer {layer}: more experts are pinned to a rank than fit")
+                    raise InfeasibleProblem(
+                        f"layer {layer}: more experts are pinned to a rank than fit"
+                    )
         if current is not None and current.shape != (self.num_layers, self.num_slots):
             raise ValueError(
                 f"current has shape {current.shape}, expected {(self.num_layers, self.num_slots)}"

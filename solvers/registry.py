@@ -12,7 +12,7 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from solvers.result import Solution
+from solvers.result import RequestError, Solution
 
 SolverFunction = Callable[..., Solution]
 """(problem, seed, budget), and where there are back ends, backend."""
@@ -88,20 +88,20 @@ def names() -> list[str]:
 
 
 def get(name: str) -> Solver:
-    """The solver called `name`, or `name:backend`; ValueError with what there is otherwise.
+    """The solver called `name`, or `name:backend`; RequestError with what there is otherwise.
 
     Only the default back end may be deterministic.
     """
     _load_all()
     base, _, backend = name.partition(":")
     if base not in _SOLVERS:
-        raise ValueError(f"no solver is called {base!r}; there are {', '.join(sorted(_SOLVERS))}")
+        raise RequestError(f"no solver is called {base!r}; there are {', '.join(sorted(_SOLVERS))}")
     solver = _SOLVERS[base]
     if base == name:
         return solver
     if backend not in solver.backends:
         known = ", ".join(f"{base}:{other}" for other in solver.backends) or f"{base} alone"
-        raise ValueError(f"solver {base!r} has no back end {backend!r}; there are {known}")
+        raise RequestError(f"solver {base!r} has no back end {backend!r}; there are {known}")
     return replace(
         solver,
         name=name,

@@ -12,7 +12,14 @@ Status = Literal["optimal", "feasible", "infeasible", "unknown"]
 Termination = Literal["finished", "time_limit", "interrupted"]
 
 
-class InfeasibleProblem(Exception):
+class RequestError(ValueError):
+    """What a solver is asked makes no sense, or it lacks what it needs; "what is wrong; way out".
+
+    Any other ValueError of a solver is a defect of it.
+    """
+
+
+class InfeasibleProblem(ValueError):
     """No placement satisfies the constraints (or none that this solver can make)."""
 
 

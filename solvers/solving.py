@@ -16,7 +16,7 @@ from solvers.budget import Budget
 from solvers.problem import Problem
 from solvers.registry import get
 from solvers.rehearsing import rehearse
-from solvers.result import InfeasibleProblem, Result, Solution, Status
+from solvers.result import InfeasibleProblem, RequestError, Result, Solution, Status
 
 PROOF_SHARE = 0.15  # of a time limit, at most, for the bound that every result has
 TOLERANCE = 1e-9  # relative; between a bound and a value that should meet
@@ -47,19 +47,19 @@ def solve(
         budget: instead of `time_limit`, a budget that another thread may stop.
 
     Raises:
-        ValueError: an unknown solver, an array that it needs is missing, or a restriction that it
-            does not know.
+        RequestError: an unknown solver, an array that it needs is missing, or a restriction that
+            it does not know.
         InfeasibleProblem, NoSolutionFound: from the solver.
     """
     entry = get(solver)
     missing = [name for name in entry.needs if getattr(problem, name) is None]
     if missing:
-        raise ValueError(
+        raise RequestError(
             f"solver {solver!r} needs {' and '.join(missing)}, which the problem lacks"
         )
     if problem.restrictions and not entry.restricted:
         asked = " and ".join(problem.restrictions)
-        raise ValueError(f"solver {solver!r} does not know {asked}; auto and local_search do")
+        raise RequestError(f"solver {solver!r} does not know {asked}; auto and local_search do")
     if budget is None:
         budget = Budget(time_limit)
     elif time_limit is not None:

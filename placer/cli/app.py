@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from typing import Annotated, Any
 
 import typer
@@ -103,5 +104,16 @@ _register()
 
 
 def main() -> None:
-    """Entry point of the console script."""
-    app()
+    """Entry point of the console script; what nobody expected is shown as a defect of placer."""
+    try:
+        app()
+    except Exception as error:
+        from placer.report.console import show_error
+
+        traceback.print_exc()
+        show_error(
+            f"internal error: {type(error).__name__}: {error}",
+            "this is a defect of placer, not of what you asked for: please report it, with the "
+            "lines above",
+        )
+        sys.exit(1)

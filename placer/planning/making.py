@@ -40,7 +40,7 @@ def check_solver(name: str) -> None:
 
     try:
         solvers.get(name)
-    except ValueError as error:
+    except solvers.RequestError as error:
         what, _, known = str(error).partition("; ")
         raise UsageError(what, known) from None
 
@@ -49,7 +49,8 @@ def run_solver(problem: Problem, settings: Settings, budget: Budget | None = Non
     """Solve; the solvers' errors become placer's.
 
     Raises:
-        InfeasibleError, TimeLimitError, UsageError: from the solver.
+        InfeasibleError, TimeLimitError, UsageError: from the solver. Any other error of it is a
+            defect, and passes.
         KeyboardInterrupt: Ctrl-C before there was a placement.
     """
     import solvers
@@ -63,7 +64,7 @@ def run_solver(problem: Problem, settings: Settings, budget: Budget | None = Non
         if budget.interrupted:
             raise KeyboardInterrupt from error
         raise TimeLimitError(str(error), "give a longer --time-limit") from error
-    except ValueError as error:
+    except solvers.RequestError as error:
         what, _, hint = str(error).partition("; ")
         raise UsageError(what, hint) from error
 

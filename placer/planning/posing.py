@@ -66,7 +66,7 @@ def _sample(source: TraceSource, most: int) -> tuple[Trace, NDArray[np.int64]]:
 def build_problem(source: TraceSource, settings: Settings, progress: Progress) -> Problem:
     """Count the tokens to fit to and put the solvers' problem together."""
     from placer.affinity import count_chunks
-    from solvers import Problem
+    from solvers import InfeasibleProblem, Problem
 
     source = one_row_per_layer(source)
     if settings.num_ranks % settings.num_nodes:
@@ -123,7 +123,7 @@ def build_problem(source: TraceSource, settings: Settings, progress: Progress) -
             max_moves=settings.max_moves,
             link_cost=None if cluster is None else link_cost(cluster),
         )
-    except ValueError as error:
+    except InfeasibleProblem as error:
         raise InfeasibleError(str(error)) from error
 
 
@@ -159,6 +159,14 @@ def _tokens(source: TraceSource, settings: Settings) -> tuple[_Sample, Scenarios
     wanted = settings.averaged_over in ("requests", "workloads") or settings.robust is not None
     scenarios = request_scenarios(source, settings) if wanted else None
     scenario = None if scenarios is None else scenarios.of(trace.request)
+    if scenarios is not None and scenario is not None and scenarios.workload is not None:
+        unseen = np.setdiff1d(scenarios.workload, scenarios.workload[scenario])
+        if unseen.size:
+            raise UsageError(
+                f"workload {scenarios.names[unseen[0]]} has too few tokens beside the others: none "
+                "is in the sample that the plan is fitted to",
+                "leave it out, or trace more of it",
+            )
     return _Sample(trace, batch, scenario), scenarios
 
 

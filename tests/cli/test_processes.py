@@ -50,6 +50,19 @@ from placer.cli.app import main
 main()
 """
 
+# Registers a solver with a defect, then runs `placer`.
+BROKEN_PROGRAM = """
+from solvers import register
+
+@register("broken", source="a test")
+def broken(problem, seed, budget):
+    "Reads what is no number."
+    return int("no number")
+
+from placer.cli.app import main
+main()
+"""
+
 
 def placer(*arguments: object, program: str | None = None) -> subprocess.CompletedProcess[str]:
     how = ["-m", "placer"] if program is None else ["-c", program]
@@ -110,6 +123,21 @@ def test_ctrl_c_before_there_is_a_plan_ends_with_1_and_no_file(
     assert done.stdout == ""
     assert done.stderr.startswith("error: interrupted")
     assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_defect_of_a_solver_looks_like_a_defect(trace_folder, tmp_path):
+    done = placer(
+        "solve", trace_folder, "--gpus", 4, "--robust", "worst", "--solver", "broken", "-o",
+        tmp_path / "plan.json", "--json",
+        program=BROKEN_PROGRAM,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("Traceback")
+    error, hint = done.stderr.splitlines()[-2:]
+    assert error.startswith("error: internal error: ValueError: invalid literal")
+    assert "report it" in hint
     assert list(tmp_path.iterdir()) == []
 
 

@@ -198,7 +198,7 @@ def ending(monkeypatch):
     [
         (solvers.InfeasibleProblem("no"), InfeasibleError),
         (solvers.NoSolutionFound("late"), TimeLimitError),
-        (ValueError("odd"), UsageError),
+        (solvers.RequestError("odd"), UsageError),
     ],
 )
 def test_errors_of_solvers_become_errors_with_exit_codes(trace, ending, error, expected):
