@@ -45,8 +45,8 @@ def check(problem: Problem, placement: NDArray[np.integer]) -> dict[str, float]:
         imbalance: mean over layers of max / mean rank load (1 for a layer without load).
         imbalance_max: the same of the worst layer.
         imbalance_scenarios: with `scenario_load`: the imbalance averaged over scenarios, each
-            workload's counted by `robust`; with replicas of the pairs that ranks serve where
-            `scenario` says which tokens are whose. The cap is on this one.
+            workload's counted by `robust`; with replicas, and `tokens`, of the pairs that ranks
+            serve. The cap is on this one.
         traffic_workloads: with several workloads: their traffic, as `objective` defines it, by
             `robust`.
         moves: with `current`: copies on ranks that do not hold the expert there.

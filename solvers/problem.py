@@ -45,7 +45,8 @@ class Problem:
             or folds of the requests.
         folds: the scenarios are folds of each workload's requests. Balance is asked of what is left
             of a workload without each of them, so that the chance of the sample is seen.
-        scenario: [T] scenario of each of `tokens`.
+        scenario: [T] scenario of each of `tokens`; with redundant slots or several workloads it
+            goes with scenario_load.
         workload: [C] workload that each scenario belongs to, 0..W-1; None = all to one. A plan for
             several workloads is judged by `robust`; each counts alike, whatever its size.
         robust: what several workloads come to: their `mean`, the `worst` of them, or the mean of
@@ -189,6 +190,11 @@ class Problem:
         if self.scenario is None or self.tokens is None:
             if self.num_workloads > 1 and self.tokens is not None:
                 raise ValueError("several workloads need the scenario of each token")
+            if self.num_slots > self.num_experts and self.tokens is not None:
+                raise ValueError(
+                    "with redundant slots scenario_load needs the scenario of each token: which "
+                    "copies serve them decides the balance"
+                )
             object.__setattr__(self, "scenario", None)
             return
         if self.scenario.shape != (len(self.tokens),):

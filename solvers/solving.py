@@ -77,8 +77,8 @@ def solve(
 def capped_imbalance(parts: dict[str, float]) -> float:
     """The checked figure that a cap on imbalance is about.
 
-    Over the scenarios where there are any; with replicas it is that of the load that ranks serve
-    when tokens choose their copies.
+    Over the scenarios where there are any; with replicas, and tokens, it is that of the load that
+    ranks serve when tokens choose their copies.
     """
     served = parts.get("imbalance_served", parts["imbalance"])
     return parts.get("imbalance_scenarios", served)

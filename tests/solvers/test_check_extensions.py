@@ -191,3 +191,13 @@ def test_imbalance_over_batches_counts_load_by_what_is_fair_for_a_ranks_speed():
     alike = check(problem, placement)["imbalance_batch"]
     uneven = check(replace(problem, rank_speed=np.array([1.0, 3.0])), placement)
     assert (alike, uneven["imbalance_batch"]) == (1.5, 1.0)
+
+
+def test_redundant_slots_and_scenarios_need_the_scenario_of_each_token():
+    problem = split_problem(4, slots=5)
+    with pytest.raises(ValueError, match="scenario of each token"):
+        replace(problem, scenario=None)
+    no_tokens = replace(problem, scenario=None, tokens=None, home=None, primary=None)
+    assert no_tokens.scenario_load is not None
+    no_redundant_slots = replace(split_problem(4), scenario=None)
+    assert no_redundant_slots.scenario_load is not None
