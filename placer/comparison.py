@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from placer.errors import PlacerError
 from placer.evaluation import evaluate
-from placer.placement import contiguous_like
+from placer.placement import Placement, contiguous_like
 from placer.planning import (
     CAPPED_SOLVERS,
     Progress,
@@ -16,6 +16,7 @@ from placer.planning import (
     bounds_of_results,
     build_problem,
     check_solver,
+    modelled_step_times,
     placement_of,
     run_solver,
     split_sources,
@@ -45,7 +46,8 @@ def compare_solvers(
 
     Returns:
         A document: what was judged, and a row per solver with its metrics, its change against
-        contiguous, its gap and its seconds; a solver that failed has "error" instead.
+        contiguous, its gap and its seconds; a solver that failed has "error" instead. With a
+        cluster "step_time" has the modelled step time of each.
 
     Raises:
         UsageError: an unknown name.
@@ -62,6 +64,7 @@ def compare_solvers(
     results: list[Result] = []
     failed: list[dict[str, str]] = []
     first_error: PlacerError | None = None
+    placements: dict[str, Placement] = {}
     judged = {"requests": 0, "tokens": 0}
     for name in chosen:
         progress(f"solving with {name}")
@@ -84,6 +87,7 @@ def compare_solvers(
             seed=settings.seed,
         )
         results.append(result)
+        placements[name] = placement
         judged = {"requests": evaluation.requests, "tokens": evaluation.tokens}
         rows.append(
             {
@@ -100,6 +104,7 @@ def compare_solvers(
         )
     if not rows and first_error is not None:
         raise first_error
+    timed = modelled_step_times(placements, parts, settings, progress)
     progress("proving bounds")
     for row, bound in zip(rows, bounds_of_results(problem, results), strict=True):
         if bound is not None:
@@ -120,4 +125,5 @@ def compare_solvers(
         "seed": settings.seed,
         "rows": rows,
         "failed": failed,
+        **timed,
     }

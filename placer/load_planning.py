@@ -20,6 +20,7 @@ from placer.planning import (
     Settings,
     certificate_of,
     check_solver,
+    expert_groups,
     placement_of,
     refuse_broken_cap,
     run_solver,
@@ -62,6 +63,7 @@ def plan_from_load(
         dispatch=settings.dispatch,
         objective="balance",
         max_imbalance=settings.max_imbalance,
+        num_groups=expert_groups(settings, record.num_layers, record.num_experts),
     )
     progress(f"solving with {settings.solver} (the first run compiles it)")
     budget = Budget(settings.time_limit_s)
@@ -87,7 +89,7 @@ def plan_from_load(
                 ],
                 "solver": result.solver,
                 "seed": settings.seed,
-                "settings": asdict(settings),
+                "settings": asdict(settings) | {"expert_groups": problem.num_groups},
                 "notes": [*result.notes, f"fitted to a load record: {WHY_NO_AFFINITY}"],
                 "versions": versions(),
             },

@@ -17,6 +17,7 @@ from placer.trace.source import TraceSource
 
 if TYPE_CHECKING:
     from placer.cost import ReplicaPolicy
+    from placer.models import ModelShape
     from placer.plan import Dispatch
 
 
@@ -54,17 +55,27 @@ def dims_for(model: str | None, source: TraceSource) -> tuple[ModelDims, int | N
     """
     if model is None:
         return source.model, None
+    num_layers = np.unique(source.layer_ids).size  # a layer may route in several rounds
+    shape = shape_for(model, num_layers, source.num_experts)
+    return shape.dims, shape.kv_bytes_per_token
+
+
+def shape_for(model: str, num_layers: int, num_experts: int) -> ModelShape:
+    """The shape of the named model, of which a trace has so many MoE layers and experts.
+
+    Raises:
+        UsageError: the model has others.
+    """
     from placer.models import load_shape
 
     shape = load_shape(model)
-    num_layers = np.unique(source.layer_ids).size  # a layer may route in several rounds
-    if (shape.num_experts, shape.num_moe_layers) != (source.num_experts, num_layers):
+    if (shape.num_experts, shape.num_moe_layers) != (num_experts, num_layers):
         raise UsageError(
             f"{shape.name} has {shape.num_moe_layers} MoE layers of {shape.num_experts} experts, "
-            f"the trace {num_layers} of {source.num_experts}",
+            f"the trace {num_layers} of {num_experts}",
             "name the model that was traced",
         )
-    return shape.dims, shape.kv_bytes_per_token
+    return shape
 
 
 def step_times(

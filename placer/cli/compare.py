@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from placer.cli import options
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 def register(app: typer.Typer) -> None:
@@ -35,19 +38,27 @@ def compare(
     in_sample: options.InSample = False,
     node_weight: options.NodeWeight = None,
     cluster: options.ClusterName = None,
+    model: options.ModelName = None,
+    expert_groups: options.ExpertGroups = None,
+    kv_tokens: options.KvTokens = 0,
+    reserve: options.Reserve = 0.1,
     replica_policy: options.ReplicaPolicy = options.ReplicaPolicyName.local,
     json_output: options.JsonOutput = False,
 ) -> None:
     """Compare solvers: each fits the same requests and is judged on the others.
 
     The cap on imbalance binds the solvers that can keep one. Bold: no other solver is better in
-    both messages and imbalance.
+    both messages and imbalance. With --cluster memory is checked and step times are modelled.
+
+    Example: placer compare trace --gpus 8 --solvers contiguous,eplb,local_search
     """
     from placer.comparison import compare_solvers
     from placer.planning import Settings, open_traces
     from placer.report.console import progress_status, show, show_warnings
     from placer.report.tables import comparison_table
+    from placer.report.timing import timing_table
 
+    options.refuse_kv_of_no_model(model, kv_tokens)
     settings = Settings(
         num_ranks=gpus,
         num_nodes=nodes,
@@ -64,6 +75,10 @@ def compare(
         in_sample=in_sample,
         node_weight=node_weight,
         cluster=cluster,
+        model=model,
+        expert_groups=expert_groups,
+        kv_tokens=kv_tokens,
+        reserve=reserve,
         replica_policy=replica_policy.value,
     )
     with progress_status() as progress:
@@ -71,4 +86,9 @@ def compare(
         show_warnings([warning for source in sources for warning in source.warnings])
         names = None if solvers == "all" else [name.strip() for name in solvers.split(",")]
         document = compare_solvers(sources, settings, names, progress)
-    show(json_output, document, lambda: comparison_table(document))
+
+    def render() -> list[RenderableType]:
+        times = timing_table(document["step_time"]) if "step_time" in document else []
+        return [*comparison_table(document), *times]
+
+    show(json_output, document, render)

@@ -180,6 +180,16 @@ ModelName = Annotated[
         "instead of the trace's; all weights and KV are checked against memory.",
     ),
 ]
+ExpertGroups = Annotated[
+    int | None,
+    typer.Option(
+        "--expert-groups",
+        min=1,
+        help="Groups of consecutive experts that the model's router chooses among first (8 in "
+        "DeepSeek-V3); eplb and sglang_vec keep a group on a node. Default: those of --model, "
+        "or 1.",
+    ),
+]
 KvTokens = Annotated[
     int,
     typer.Option("--kv-tokens", min=0, help="Tokens whose keys and values a rank keeps at once."),
@@ -192,6 +202,12 @@ ReplicaPolicy = Annotated[
     ReplicaPolicyName,
     typer.Option("--replica-policy", help="Which copy of an expert serves a token."),
 ]
+
+
+def refuse_kv_of_no_model(model: str | None, kv_tokens: int) -> None:
+    """Raise UsageError where nobody knows how large the keys and values are."""
+    if model is None and kv_tokens:
+        raise UsageError("--kv-tokens needs to know the model", "--model deepseek-v3")
 
 
 def parse_max_imbalance(text: str | None, objective: str, solver: str) -> float | None:

@@ -52,6 +52,7 @@ def solve(
     node_weight: options.NodeWeight = None,
     cluster: options.ClusterName = None,
     model: options.ModelName = None,
+    expert_groups: options.ExpertGroups = None,
     kv_tokens: options.KvTokens = 0,
     reserve: options.Reserve = 0.1,
     replica_policy: options.ReplicaPolicy = options.ReplicaPolicyName.local,
@@ -95,8 +96,7 @@ def solve(
             raise UsageError("--pareto proves no bounds", "placer certify, on one of its plans")
         if any(is_load(path) for path in traces):
             raise UsageError("a load record has no messages to trade for balance: no --pareto")
-    if model is None and kv_tokens:
-        raise UsageError("--kv-tokens needs to know the model", "--model deepseek-v3")
+    options.refuse_kv_of_no_model(model, kv_tokens)
     settings = Settings(
         num_ranks=gpus,
         num_nodes=nodes,
@@ -121,6 +121,7 @@ def solve(
         node_weight=node_weight,
         cluster=cluster,
         model=model,
+        expert_groups=expert_groups,
         kv_tokens=kv_tokens,
         reserve=reserve,
         replica_policy=replica_policy.value,

@@ -47,6 +47,7 @@ def sweep(
         ),
     ] = "",
     model: options.ModelName = None,
+    expert_groups: options.ExpertGroups = None,
     batch_tokens: Annotated[
         str,
         typer.Option(
@@ -114,6 +115,7 @@ def sweep(
         time_limit_s=time_limit,
         holdout=holdout,
         model=model,
+        expert_groups=expert_groups,
         replica_policy=replica_policy.value,
     )
     execute = in_processes(jobs or _cores()) if ray is None else on_ray(ray)

@@ -49,7 +49,9 @@ def fits(
         f"the experts of a rank take {gigabytes(experts_bytes)} ({num_layers} layers x "
         f"{slots_per_rank} slots x {gigabytes(expert_bytes)}){rest}; {which} "
         f"has {gigabytes(least)}: {gigabytes(-free)} too much",
-        f"at most {most} slots per rank fit; use more ranks or fewer slots per rank",
+        f"at most {most} slots per rank fit; use more ranks or fewer slots per rank"
+        if most
+        else f"no slot fits beside {other}: keep less of it, or use ranks with more memory",
     )
 
 

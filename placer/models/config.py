@@ -101,6 +101,7 @@ def shape_of_config(config: Any, name: str, source: str) -> ModelShape:
         num_moe_layers=len({stack.block for stack in chosen}),
         num_experts=num_experts,
         top_k=top_k_of(text),
+        num_expert_groups=int(getattr(text, "n_group", None) or 1),
         hidden_size=int(dims.hidden_size or 0),
         expert_params=expert_params,
         expert_bytes=None if storage is None else round(expert_params * storage.expert_bytes),

@@ -18,6 +18,7 @@ _SHAPES = (
         num_moe_layers=58,
         num_experts=256,
         top_k=8,
+        num_expert_groups=8,
         hidden_size=7_168,
         expert_params=44_040_192,
         expert_bytes=44_050_944,

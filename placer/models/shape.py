@@ -17,6 +17,8 @@ class ModelShape:
         num_moe_layers: L, layers with experts.
         num_experts: E, of one layer.
         top_k: K, experts that a token uses in a layer.
+        num_expert_groups: groups of consecutive experts that the router limits a token to some of;
+            1 = it has none.
         hidden_size: elements of a hidden state.
         expert_params: weights of one expert of one layer, biases included.
         expert_bytes: bytes of these as they are stored.
@@ -40,6 +42,7 @@ class ModelShape:
     other_params: int
     other_bytes: int | None
     kv_bytes_per_token: int | None
+    num_expert_groups: int = 1
     source: str = ""
 
     @property

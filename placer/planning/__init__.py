@@ -7,6 +7,7 @@ from placer.planning.making import (
     certificate_of,
     check_solver,
     make_plan,
+    modelled_step_times,
     placement_of,
     plan_of_result,
     refuse_broken_cap,
@@ -14,7 +15,7 @@ from placer.planning.making import (
     versions,
 )
 from placer.planning.parts import Parts, digest_of, judging_part, open_traces, split_sources
-from placer.planning.posing import build_problem, sample_tokens
+from placer.planning.posing import build_problem, expert_groups, sample_tokens
 from placer.planning.pricing import cluster_of, prices, slots_needed
 from placer.planning.settings import (
     CAPPED_SOLVERS,
@@ -43,9 +44,11 @@ __all__ = [
     "check_solver",
     "cluster_of",
     "digest_of",
+    "expert_groups",
     "judging_part",
     "make_frontier",
     "make_plan",
+    "modelled_step_times",
     "open_traces",
     "placement_of",
     "plan_of_result",

@@ -19,7 +19,8 @@ def solved_baseline(name: str, plan: Plan, sources: Sequence[TraceSource]) -> Pl
 
     Args:
         name: of the solver.
-        plan: gives ranks, nodes, slots, dispatch model, phase, and how requests were split.
+        plan: gives ranks, nodes, slots, dispatch model, phase, expert groups, and how requests
+            were split.
         sources: the traces that the plan was made from, or others of its model.
 
     Raises:
@@ -36,6 +37,7 @@ def solved_baseline(name: str, plan: Plan, sources: Sequence[TraceSource]) -> Pl
         objective="traffic",
         max_imbalance=None,
         phase=asked.get("phase"),
+        expert_groups=asked.get("expert_groups"),
         solver=name,
         seed=int(split.get("seed", 0)),
         holdout=float(split.get("holdout", 0.5)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -201,14 +201,14 @@ def plan_of_result(
         replica_policy=settings.replica_policy,
         seed=settings.seed,
     )
-    asked = asdict(settings)
+    asked = asdict(settings) | {"expert_groups": problem.num_groups}
     return Plan(
         placement=placement,
         layer_ids=tuple(int(i) for i in np.unique(parts.fit.layer_ids)),
         model=dims_for(settings.model, parts.fit)[0],
         dispatch=settings.dispatch,
         prediction=evaluation.to_document()
-        | modelled_step_times(placement, baseline, parts, settings)
+        | modelled_step_times({"plan": placement, "contiguous": baseline}, parts, settings)
         | by_workload(placement, baseline, parts, settings),
         certificate=with_bounds(
             certificate_of(result, settings.objective),
@@ -238,15 +238,19 @@ def plan_of_result(
 
 
 def modelled_step_times(
-    placement: Placement, baseline: Placement, parts: Parts, settings: Settings
+    placements: Mapping[str, Placement],
+    parts: Parts,
+    settings: Settings,
+    progress: Progress = lambda _: None,
 ) -> dict[str, Any]:
-    """Modelled step time of the plan and of the baseline; nothing without a cluster."""
+    """Modelled step time of each placement by its name; nothing without a cluster."""
     if settings.cluster is None:
         return {}
+    progress("modelling step times")
     options = TimingOptions(cluster=settings.cluster, model=settings.model)
     return {
         "step_time": step_times(
-            {"plan": placement, "contiguous": baseline},
+            placements,
             parts.judge,
             options,
             dispatch=settings.dispatch,

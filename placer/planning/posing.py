@@ -26,7 +26,7 @@ from placer.planning.pricing import (
 )
 from placer.planning.scenarios import Scenarios, batch_numbers, batch_scenarios, request_scenarios
 from placer.planning.settings import Progress, Settings
-from placer.timing import dims_for
+from placer.timing import dims_for, shape_for
 from placer.trace.model import Trace
 from placer.trace.rounds import one_row_per_layer
 from placer.trace.source import TraceSource
@@ -106,6 +106,7 @@ def build_problem(source: TraceSource, settings: Settings, progress: Progress) -
             objective=settings.objective,  # type: ignore[arg-type]
             max_imbalance=settings.max_imbalance,
             node_weight=node_weight,
+            num_groups=expert_groups(settings, source.num_layers, source.num_experts),
             latency_load_us=load_us,
             latency_message_us=message_us,
             scenario_load=None if scenarios is None else scenarios.load,
@@ -168,6 +169,24 @@ def _tokens(source: TraceSource, settings: Settings) -> tuple[_Sample, Scenarios
                 "leave it out, or trace more of it",
             )
     return _Sample(trace, batch, scenario), scenarios
+
+
+def expert_groups(settings: Settings, num_layers: int, num_experts: int) -> int:
+    """Groups of the router: what the user said, or those of the named model, or one.
+
+    Raises:
+        UsageError: they do not divide the experts, or the model has other layers or experts.
+    """
+    groups = settings.expert_groups
+    if groups is None and settings.model is not None:
+        groups = shape_for(settings.model, num_layers, num_experts).num_expert_groups
+    groups = groups or 1
+    if num_experts % groups:
+        raise UsageError(
+            f"{groups} expert groups do not divide {num_experts} experts",
+            "every group holds the same number of experts; n_group in a model's config.json",
+        )
+    return groups
 
 
 def pinned(

@@ -42,6 +42,8 @@ class Settings:
             cluster's bandwidths, or DEFAULT_NODE_WEIGHT without a cluster.
         cluster: preset or TOML file of the cluster; None = unknown.
         model: preset or checkpoint whose dimensions count; None = those of the trace.
+        expert_groups: groups of consecutive experts that the router limits a token to some of;
+            None = those of `model`, or one.
         kv_tokens, reserve: see `placer.models.memory_of`; with `model` and `cluster`.
         replica_policy: how a token chooses among copies when the plan is judged.
         balance_over: what imbalance is the mean of while solving: the `requests` without each of a
@@ -73,6 +75,7 @@ class Settings:
     node_weight: float | None = None
     cluster: str | None = None
     model: str | None = None
+    expert_groups: int | None = None
     kv_tokens: int = 0
     reserve: float = 0.1
     replica_policy: ReplicaPolicy = "local"

@@ -19,7 +19,8 @@ def model_table(document: Mapping[str, Any]) -> list[RenderableType]:
     moe, layers = document["num_moe_layers"], document["num_layers"]
     facts = {
         "layers": f"{layers}, {moe} with experts",
-        "experts": f"{document['num_experts']} per layer, top-{document['top_k']}",
+        "experts": f"{document['num_experts']} per layer, top-{document['top_k']}"
+        + (f", in {groups} groups" if (groups := document["num_expert_groups"]) > 1 else ""),
         "hidden size": f"{document['hidden_size']:,}",
         "parameters": f"{count(document['total_params'])}, "
         f"{count(document['other_params'])} of them outside the experts",

@@ -70,3 +70,11 @@ def test_what_is_unknown_is_said():
     assert memory_of(DEEPSEEK, load_cluster("local-cpu"), 32).free_bytes is None
     with pytest.raises(UsageError, match="reserve 1"):
         memory_of(DEEPSEEK, cluster, 32, reserve=1.0)
+
+
+def test_where_no_slot_fits_the_rest_is_blamed():
+    h100 = load_cluster("h100-nvl8", num_nodes=2)
+    with pytest.raises(InfeasibleError, match="too much") as caught:
+        check_memory(PRESETS["deepseek-v3"], h100, 16, kv_tokens=10**7)
+    assert "KV (10,000,000 tokens)" in caught.value.hint
+    assert "slots per rank fit" not in caught.value.hint

@@ -20,7 +20,7 @@ DEEPSEEK = {
     "moe_intermediate_size": 2048, "num_hidden_layers": 61, "num_attention_heads": 128,
     "num_key_value_heads": 128, "n_shared_experts": 1, "n_routed_experts": 256,
     "num_experts_per_tok": 8, "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64, "v_head_dim": 128, "first_k_dense_replace": 3,
+    "qk_rope_head_dim": 64, "v_head_dim": 128, "first_k_dense_replace": 3, "n_group": 8,
     "quantization_config": FP8,
 }  # fmt: skip
 QWEN = {
@@ -43,7 +43,7 @@ LLAMA = {
 }  # fmt: skip
 GLM = {
     "vocab_size": 151552, "num_attention_heads": 96, "num_key_value_heads": 8, "head_dim": 128,
-    "n_shared_experts": 1, "num_experts_per_tok": 8, "attention_bias": True,
+    "n_shared_experts": 1, "num_experts_per_tok": 8, "attention_bias": True, "n_group": 1,
     "tie_word_embeddings": False,
 }  # fmt: skip
 # name -> model type, published configuration, billions of parameters that its authors publish
@@ -51,7 +51,7 @@ PUBLISHED = {
     "deepseek-v3": ("deepseek_v3", DEEPSEEK, 671),
     "kimi-k2": ("deepseek_v3", DEEPSEEK | {
         "vocab_size": 163840, "num_attention_heads": 64, "num_key_value_heads": 64,
-        "n_routed_experts": 384, "first_k_dense_replace": 1}, 1026),
+        "n_routed_experts": 384, "n_group": 1, "first_k_dense_replace": 1}, 1026),
     "qwen3-235b-a22b": ("qwen3_moe", QWEN | {
         "hidden_size": 4096, "intermediate_size": 12288, "moe_intermediate_size": 1536,
         "num_hidden_layers": 94, "num_attention_heads": 64}, 235),
