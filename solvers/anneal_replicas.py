@@ -1,157 +1,53 @@
-"""Kernels: simulated annealing of one layer with redundant slots, on token bitsets.
+"""Kernel: simulated annealing of one layer with redundant slots, on token bitsets.
 
-An expert with one copy is served there. A token that uses an expert with several copies is served
-at home if a copy is there, else on a rank that it uses anyway for a single-copy expert, else on the
-least loaded copy. So an expert with C copies costs no message for tokens that some copy's rank
-covers, and one message for the share 1 - C / G of the others; what is free to go to any copy
-prefers the less loaded ranks. It does not fill them up: a home knows no more than what it sent in
-this batch, so that its preference is weak where batches are small (`steering`, see
-docs/solvers.md). Where copies go, and which tokens they serve, is thus priced together.
-(That two replicated experts of one token may share a rank is left out: the price is an upper one.)
+What a placement costs is what `solvers.replica_pricing` says. A proposal recomputes the rows of the
+ranks that it touches, and the replicated experts there:
+O((slots_per_rank + copies there) T / 64 + copies of all replicated experts).
 
-A proposal recomputes the rows of the ranks that it touches and the experts with copies there:
-O(slots_per_rank * T / 64).
-
-Shape letters: E experts, G ranks, S slots, T tokens, W = ceil(T / 64) words, C copies.
+Shape letters: E experts, G ranks, R = G or G + nodes rows, S slots, T tokens,
+W = ceil(T / 64) words, C copies, M = ceil(G / 64) words.
 """
 
 from __future__ import annotations
 
+from collections import namedtuple
 from typing import Any
 
 import numpy as np
 
 from solvers.anneal import SQUARE_SHARE, below, popcount, seeded, uniform
-from solvers.compiling import compiled
-from solvers.walking import copies_of, serve_token
+from solvers.compiling import compiled, compiled_lean
+from solvers.copies import common_ranks, has_copy, move_copy, new_copies
+from solvers.replica_pricing import (
+    copy_row,
+    count_exclusive,
+    cover_ranks,
+    cover_single,
+    differ,
+    fill_load,
+    free_tokens,
+    met,
+    price_away,
+    priced,
+)
 
-SWEEPS, DAMPING = 2, 0.7  # with which the split of free tokens is found
-
-
-@compiled
-def priced(row: Any, segments: Any, token_prices: Any) -> Any:
-    """Price of one message of each token of row [W]."""
-    total = 0.0
-    for workload in range(token_prices.size):
-        count = np.int64(0)
-        part = row[segments[workload] : segments[workload + 1]]
-        for w in range(part.size):  # of a slice, or it is not vectorised
-            count += np.int64(popcount(part[w]))
-        total += token_prices[workload] * count
-    return total
-
-
-@compiled
-def cover_single(bits: Any, slots: Any, copies: Any, first: int, last: int, once: Any) -> None:
-    """Fill once [W]: tokens with a single-copy expert in slots first..last - 1."""
-    for w in range(once.size):
-        once[w] = 0
-    for slot in range(first, last):
-        expert = slots[slot]
-        if expert >= 0 and copies[expert] == 1:
-            for w in range(once.size):
-                once[w] |= bits[expert, w]
-
-
-@compiled
-def cover_ranks(once: Any, first: int, last: int, node: Any) -> None:
-    """Fill node [W]: tokens in any of the rows first..last - 1 of once [G or more, W]."""
-    for w in range(node.size):
-        node[w] = 0
-    for rank in range(first, last):
-        for w in range(node.size):
-            node[w] |= once[rank, w]
-
-
-@compiled
-def measure_expert(
-    bits: Any, segments: Any, token_prices: Any, expert: int, where: Any, copies: Any, once: Any,
-    base: int, shrink: int, exclusive: Any, scratch: Any,
-) -> Any:  # fmt: skip
-    """Price of a message for each token of a replicated expert that no copy's group covers.
-
-    Args:
-        where: [E, C] ranks of each expert's copies; shrink: ranks per group at this level;
-            base: first row of the level in `once`.
-        exclusive: [E, C] filled, when shrink is 1, with the tokens that only this copy covers.
-        scratch: [3, W] uint64.
-    """
-    words = once.shape[1]
-    num_copies = copies[expert]
-    for w in range(words):
-        scratch[0, w] = 0  # covered by one or more
-        scratch[1, w] = 0  # by two or more
-    for i in range(num_copies):
-        row = base + where[expert, i] // shrink
-        for w in range(words):
-            scratch[1, w] |= scratch[0, w] & once[row, w]
-            scratch[0, w] |= once[row, w]
-    for w in range(words):
-        scratch[2, w] = bits[expert, w] & ~scratch[0, w]
-    if shrink == 1:
-        for i in range(num_copies):
-            row = base + where[expert, i]
-            only = np.int64(0)
-            for w in range(words):
-                only += np.int64(popcount(bits[expert, w] & once[row, w] & ~scratch[1, w]))
-            exclusive[expert, i] = only
-    return priced(scratch[2], segments, token_prices)
-
-
-@compiled
-def fill_load(
-    load: Any, tokens: Any, copies: Any, where: Any, exclusive: Any, fair: Any, steering: float,
-    split: Any, rank_load: Any,
-) -> None:  # fmt: skip
-    """Fill rank_load [G], in units of the mean and of each rank's fair share (see the module).
-
-    Args:
-        steering: how strongly free tokens prefer ranks with less load, see `solvers.layers`.
-        split: [E, C] scratch: the load that each copy gets of tokens that are free to choose.
-    """
-    num_ranks = rank_load.size
-    for rank in range(num_ranks):
-        rank_load[rank] = 0.0
-    for expert in range(copies.size):
-        count = copies[expert]
-        if count == 1:
-            rank = where[expert, 0]
-            rank_load[rank] += load[expert] / fair[rank]
-        if count < 2:
-            continue
-        away = 1.0 - count / num_ranks
-        bound = 0.0
-        for i in range(count):
-            bound += exclusive[expert, i] / max(tokens[expert], 1)
-        free = load[expert] * away * max(0.0, 1.0 - bound) / count
-        for i in range(count):
-            rank = where[expert, i]
-            share = away * exclusive[expert, i] / max(tokens[expert], 1) + 1.0 / num_ranks
-            split[expert, i] = free
-            rank_load[rank] += (load[expert] * share + free) / fair[rank]
-    for _ in range(SWEEPS):
-        for expert in range(copies.size):
-            count = copies[expert]
-            if count < 2:
-                continue
-            lowest = 1e300
-            free = 0.0
-            for i in range(count):
-                lowest = min(lowest, rank_load[where[expert, i]])
-                free += split[expert, i]
-            if free <= 0.0:
-                continue
-            total = 0.0
-            for i in range(count):
-                total += np.exp(steering * (lowest - rank_load[where[expert, i]]))
-            # shares by the loads before any of them changes
-            scale = free / total
-            for i in range(count):
-                rank = where[expert, i]
-                wanted = scale * np.exp(steering * (lowest - rank_load[rank]))
-                change = DAMPING * (wanted - split[expert, i])
-                split[expert, i] += change
-                rank_load[rank] += change / fair[rank]
+# What does not change: arguments of `anneal_layer_replicas`, row_of [levels, G] the row of each
+# rank's group, and the tokens [E] of each expert.
+Layer = namedtuple(
+    "Layer",
+    "bits segments token_prices groups row_prices loads load_prices fair held free hot "
+    "row_of tokens",
+)
+# What rows, experts and ranks come to: once [R, W] tokens that a row's single-copy experts cover,
+# row_cost [R]; bare [E, W] free tokens of a replicated expert, exclusive [E, G] tokens that only
+# one copy covers, uncovered [levels, E] what the free ones cost, saved [E] what they save by
+# meeting; single [C, G] load of single-copy experts over the mean and a rank's fair share.
+Figures = namedtuple("Figures", "once row_cost bare exclusive uncovered saved single")
+# What a proposal concerns: touched [G] ranks, mark [R] the last step that changed the row; changed
+# [2] experts, -1 = none, and masks [2, M] of where they were; stale [levels + 1, E] experts to be
+# measured again at each level, at last those whose savings are; num_stale [levels + 1].
+Concern = namedtuple("Concern", "touched mark changed masks stale num_stale")
+Scratch = namedtuple("Scratch", "rows rank_load split pull")
 
 
 @compiled
@@ -184,314 +80,401 @@ def anneal_layer_replicas(
     Args:
         bits .. seed, stop: as there.
         hot: [H] int64 experts to draw replicas from, hotter ones more often.
-        steering: see `fill_load`.
+        steering: see `solvers.replica_pricing.fill_load`.
 
     Returns:
         The best cost that was seen.
     """
-    num_slots = slots.size
-    num_ranks = groups[0]
-    width = num_slots // num_ranks
-    num_experts = bits.shape[0] - 1
-    words = bits.shape[1]
-    levels = groups.size
-    num_rows = row_prices.size
-    most = min(num_ranks, num_slots - num_experts + 1)
-    copies = np.zeros(num_experts, np.int64)
-    where = np.zeros((num_experts, most + 1), np.int64)
-    exclusive = np.zeros((num_experts, most + 1), np.int64)
+    num_ranks, levels = groups[0], groups.size
+    num_experts, words = bits.shape[0] - 1, bits.shape[1]
+    most = min(num_ranks, slots.size - num_experts + 1)
+    copies = new_copies(slots, num_experts, num_ranks, most)
     tokens = np.zeros(num_experts, np.int64)
     for expert in range(num_experts):
         for w in range(words):
             tokens[expert] += np.int64(popcount(bits[expert, w]))
-    for slot in range(num_slots):
-        expert = slots[slot]
-        if expert >= 0:
-            where[expert, copies[expert]] = slot // width
-            copies[expert] += 1
-    once = np.zeros((num_rows, words), np.uint64)
-    old_once = np.zeros((num_rows, words), np.uint64)
-    scratch = np.zeros((3, words), np.uint64)
-    row_cost = np.zeros(num_rows, np.float64)
-    old_cost = np.zeros(num_rows, np.float64)
-    uncovered = np.zeros((levels, num_experts), np.float64)
-    old_uncovered = np.zeros((levels, num_experts), np.float64)
-    rank_load = np.zeros(num_ranks, np.float64)
-    split = np.zeros((num_experts, most + 1), np.float64)
-    touched = np.zeros(num_ranks, np.bool_)
-    stale = np.zeros((levels, num_experts), np.bool_)
-    best_slots = slots.copy()
-    state = seeded(seed)
-    cost = 0.0
-    best = 1e300
-    if free.size < 2:
-        return best
-    for step in range(proposals + 1):
-        if step & 63 == 1 and stop[0] != 0:
-            break
-        first_time = step == 0
-        slot_a = -1
-        slot_b = -1
-        old_a = np.int64(-1)
-        old_b = np.int64(-1)
+    row_of = np.zeros((levels, num_ranks), np.int64)
+    base = 0
+    for level in range(levels):
         for rank in range(num_ranks):
-            touched[rank] = first_time
-        stale[:] = False
-        if not first_time:
-            temperature *= cooling
-            slot_a = free[below(state, free.size)]
-            old_a = slots[slot_a]
-            rank_a = slot_a // width
-            redundant = old_a < 0 or copies[old_a] > 1
-            if redundant and below(state, 2) == 0:
-                expert = hot[below(state, hot.size)]
-                present = False
-                for i in range(copies[expert]):
-                    present = present or where[expert, i] == rank_a
-                if present or copies[expert] >= most:
-                    continue
-                if old_a >= 0:
-                    remove_copy(where, copies, old_a, rank_a)
-                    if copies[old_a] == 1:
-                        touched[where[old_a, 0]] = True
-                    stale[:, old_a] = True
-                if copies[expert] == 1:
-                    touched[where[expert, 0]] = True
-                where[expert, copies[expert]] = rank_a
-                copies[expert] += 1
-                stale[:, expert] = True
-                slots[slot_a] = expert
-            else:
-                slot_b = free[below(state, free.size)]
-                old_b = slots[slot_b]
-                rank_b = slot_b // width
-                if rank_a == rank_b or old_a == old_b:
-                    continue
-                present = False
-                if old_a >= 0:
-                    for i in range(copies[old_a]):
-                        present = present or where[old_a, i] == rank_b
-                if old_b >= 0:
-                    for i in range(copies[old_b]):
-                        present = present or where[old_b, i] == rank_a
-                if present:
-                    continue
-                if old_a >= 0:
-                    move_copy(where, copies, old_a, rank_a, rank_b)
-                    stale[:, old_a] = True
-                    touched[rank_a] = touched[rank_a] or copies[old_a] == 1
-                    touched[rank_b] = touched[rank_b] or copies[old_a] == 1
-                if old_b >= 0:
-                    move_copy(where, copies, old_b, rank_b, rank_a)
-                    stale[:, old_b] = True
-                    touched[rank_a] = touched[rank_a] or copies[old_b] == 1
-                    touched[rank_b] = touched[rank_b] or copies[old_b] == 1
-                slots[slot_a] = old_b
-                slots[slot_b] = old_a
-        # recompute what the move touched, keeping the old values
-        base = 0
-        for level in range(levels):
-            shrink = num_ranks // groups[level]
-            size = num_slots // groups[level]
-            for group in range(groups[level]):
-                hit = False
-                for rank in range(group * shrink, (group + 1) * shrink):
-                    hit = hit or touched[rank]
-                if not hit:
-                    continue
-                row = base + group
-                old_cost[row] = row_cost[row]
-                for w in range(words):
-                    old_once[row, w] = once[row, w]
-                if level == 0:
-                    cover_single(bits, slots, copies, group * size, (group + 1) * size, once[row])
-                else:  # the rows of its ranks are new by now
-                    cover_ranks(once, group * shrink, (group + 1) * shrink, once[row])
-                row_cost[row] = row_prices[row] * priced(once[row], segments, token_prices)
-                for slot in range(group * size, (group + 1) * size):
-                    if slots[slot] >= 0:
-                        stale[level, slots[slot]] = True
-            base += groups[level]
-        base = 0
-        new_cost = 0.0
-        for level in range(levels):
-            shrink = num_ranks // groups[level]
-            for group in range(groups[level]):
-                new_cost += row_cost[base + group]
-            for expert in range(num_experts):
-                if stale[level, expert]:
-                    old_uncovered[level, expert] = uncovered[level, expert]
-                    if copies[expert] > 1:
-                        uncovered[level, expert] = measure_expert(
-                            bits, segments, token_prices, expert, where, copies, once, base,
-                            shrink, exclusive, scratch,
-                        )  # fmt: skip
-                if copies[expert] > 1:
-                    here = copies[expert]
-                    if level > 0:
-                        here = distinct_groups(where, copies, expert, shrink)
-                    away = (1.0 - here / groups[level]) / (1.0 - 1.0 / groups[level])
-                    price = 0.0
-                    for i in range(copies[expert]):
-                        price += row_prices[base + where[expert, i] // shrink] / copies[expert]
-                    new_cost += away * price * uncovered[level, expert]
-            base += groups[level]
-        for scenario in range(loads.shape[0]):
-            if load_prices[scenario] == 0:
-                continue
-            fill_load(
-                loads[scenario], tokens, copies, where, exclusive, fair, steering, split, rank_load
-            )
-            highest = 0.0
-            squares = 0.0
-            for rank in range(num_ranks):
-                squares += rank_load[rank] * rank_load[rank] * fair[rank] / num_ranks
-                highest = max(highest, rank_load[rank])
-            new_cost += load_prices[scenario] * (highest + SQUARE_SHARE * squares)
-        if move_price != 0:
-            for slot in range(num_slots):
-                if slots[slot] >= 0 and not held[slots[slot], slot // width]:
-                    new_cost += move_price
-        if first_time or new_cost - cost <= -temperature * np.log(uniform(state) + 1e-300):
-            cost = new_cost
-            if cost < best - 1e-12:
-                best = cost
-                for slot in range(num_slots):
-                    best_slots[slot] = slots[slot]
-            continue
-        # undo
-        if slot_b >= 0:
-            slots[slot_a] = old_a
-            slots[slot_b] = old_b
-            rank_a = slot_a // width
-            rank_b = slot_b // width
-            if old_a >= 0:
-                move_copy(where, copies, old_a, rank_b, rank_a)
-            if old_b >= 0:
-                move_copy(where, copies, old_b, rank_a, rank_b)
-        else:
-            rank_a = slot_a // width
-            remove_copy(where, copies, slots[slot_a], rank_a)
-            slots[slot_a] = old_a
-            if old_a >= 0:
-                where[old_a, copies[old_a]] = rank_a
-                copies[old_a] += 1
-        base = 0
-        for level in range(levels):
-            shrink = num_ranks // groups[level]
-            for group in range(groups[level]):
-                hit = False
-                for rank in range(group * shrink, (group + 1) * shrink):
-                    hit = hit or touched[rank]
-                if hit:
-                    row = base + group
-                    row_cost[row] = old_cost[row]
-                    for w in range(words):
-                        once[row, w] = old_once[row, w]
-            for expert in range(num_experts):
-                if stale[level, expert]:
-                    uncovered[level, expert] = old_uncovered[level, expert]
-            base += groups[level]
-        for expert in range(num_experts):
-            # the order of copies may have changed: measure again
-            if stale[0, expert] and copies[expert] > 1:
-                measure_expert(
-                    bits, segments, token_prices, expert, where, copies, once, 0, 1, exclusive,
-                    scratch,
-                )  # fmt: skip
-    for slot in range(num_slots):
-        slots[slot] = best_slots[slot]
+            row_of[level, rank] = base + rank * groups[level] // num_ranks
+        base += groups[level]
+    layer = Layer(
+        bits, segments, token_prices, groups, row_prices, loads, load_prices, fair, held, free,
+        hot, row_of, tokens,
+    )  # fmt: skip
+    figures = _new_figures(layer, loads.shape[0])
+    old = _new_figures(layer, loads.shape[0])
+    concern = Concern(
+        np.zeros(num_ranks, np.int64),
+        np.full(row_prices.size, -1, np.int64),
+        np.full(2, -1, np.int64),
+        np.zeros((2, copies.mask.shape[1]), np.uint64),
+        np.zeros((levels + 1, num_experts), np.int64),
+        np.zeros(levels + 1, np.int64),
+    )
+    scratch = Scratch(
+        np.zeros((2, words), np.uint64),
+        np.zeros(num_ranks, np.float64),
+        np.zeros((num_experts, most), np.float64),
+        np.zeros(most, np.float64),
+    )
+    best_slots = slots.copy()
+    if free.size < 2:
+        return 1e300
+    best = _anneal(
+        layer, copies, figures, old, concern, scratch, slots, best_slots, move_price, temperature,
+        cooling, proposals, seeded(seed), steering, stop,
+    )  # fmt: skip
+    slots[:] = best_slots
     return best
 
 
 @compiled
-def distinct_groups(where: Any, copies: Any, expert: int, shrink: int) -> Any:
-    """How many groups of `shrink` ranks hold a copy."""
+def _new_figures(layer: Any, num_scenarios: int) -> Any:
+    num_experts, words = layer.tokens.size, layer.bits.shape[1]
+    levels, num_ranks = layer.row_of.shape
+    num_rows = layer.row_prices.size
+    return Figures(
+        np.zeros((num_rows, words), np.uint64),
+        np.zeros(num_rows, np.float64),
+        np.zeros((num_experts, words), np.uint64),
+        np.zeros((num_experts, num_ranks), np.int64),
+        np.zeros((levels, num_experts), np.float64),
+        np.zeros(num_experts, np.float64),
+        np.zeros((num_scenarios, num_ranks), np.float64),
+    )
+
+
+@compiled_lean
+def _anneal(
+    layer: Any, copies: Any, figures: Any, old: Any, concern: Any, scratch: Any, slots: Any,
+    best_slots: Any, move_price: float, temperature: float, cooling: float, proposals: int,
+    state: Any, steering: float, stop: Any,
+) -> Any:  # fmt: skip
+    """The loop of `anneal_layer_replicas`; fills best_slots and returns their cost."""
+    num_ranks = layer.groups[0]
+    width = slots.size // num_ranks
+    moves = 0
+    for slot in range(slots.size):
+        if slots[slot] >= 0 and not layer.held[slots[slot], slot // width]:
+            moves += 1
+    for rank in range(num_ranks):
+        concern.touched[rank] = rank
+    cost = measured(
+        layer, copies, figures, old, concern, scratch, slots, 0, num_ranks, steering, 0.0, 1e300
+    )
+    cost += move_price * moves
+    best = cost
+    for step in range(1, proposals + 1):
+        if step & 63 == 1 and stop[0] != 0:
+            break
+        temperature *= cooling
+        slot_a, slot_b, num_touched, moved = proposed(layer, copies, concern, slots, state, step)
+        if slot_a < 0:
+            continue
+        allowed = cost - temperature * np.log(uniform(state) + 1e-300)
+        new_cost = measured(
+            layer, copies, figures, old, concern, scratch, slots, step, num_touched, steering,
+            move_price * (moves + moved), allowed,
+        )  # fmt: skip
+        if new_cost > allowed:
+            undo(layer, copies, figures, old, concern, slots, slot_a, slot_b, num_touched)
+            continue
+        cost = new_cost
+        moves += moved
+        if cost < best - 1e-12:
+            best = cost
+            copy_row(slots, best_slots)
+    return best
+
+
+@compiled_lean
+def proposed(layer: Any, copies: Any, concern: Any, slots: Any, state: Any, step: int) -> Any:
+    """Make a random move, if it is allowed.
+
+    Returns:
+        The slot that changed, -1 if none; the one that it was swapped with, -1 if it was given to
+        another expert; how many ranks are touched; how many copies more are moves.
+    """
+    nothing = np.int64(-1), np.int64(-1), 0, 0
+    width = slots.size // layer.groups[0]
+    most = copies.ranks.shape[1]
+    slot_a, slot_b = layer.free[below(state, layer.free.size)], np.int64(-1)
+    rank_a, rank_b = slot_a // width, np.int64(-1)
+    expert_a = slots[slot_a]
+    if (expert_a < 0 or copies.count[expert_a] > 1) and below(state, 2) == 0:
+        expert_b = layer.hot[below(state, layer.hot.size)]
+        if copies.count[expert_b] >= most:
+            return nothing
+    else:
+        slot_b = layer.free[below(state, layer.free.size)]
+        rank_b = slot_b // width
+        expert_b = slots[slot_b]
+        if rank_a == rank_b or expert_a == expert_b:
+            return nothing
+        if expert_a >= 0 and has_copy(copies, expert_a, rank_b):
+            return nothing
+    if expert_b >= 0 and has_copy(copies, expert_b, rank_a):
+        return nothing
+    num_touched, moved = 0, 0
+    concern.changed[0] = expert_a
+    concern.changed[1] = expert_b
+    for i in range(2):
+        expert = concern.changed[i]
+        if expert >= 0:
+            copy_row(copies.mask[expert], concern.masks[i])
+            num_touched = touch_single(copies, expert, step, concern, num_touched)
+            moved -= misplaced(copies, expert, layer.held)
+    move_copy(copies, expert_a, rank_a, rank_b)
+    move_copy(copies, expert_b, rank_b, rank_a)
+    slots[slot_a] = expert_b
+    if slot_b >= 0:
+        slots[slot_b] = expert_a
+    for i in range(2):
+        expert = concern.changed[i]
+        if expert >= 0:
+            num_touched = touch_single(copies, expert, step, concern, num_touched)
+            moved += misplaced(copies, expert, layer.held)
+    return slot_a, slot_b, num_touched, moved
+
+
+@compiled_lean
+def touch_single(copies: Any, expert: int, step: int, concern: Any, num_touched: int) -> Any:
+    """Note the rank of a single-copy expert; the new number of ranks."""
+    rank = copies.ranks[expert, 0]
+    if copies.count[expert] != 1 or concern.mark[rank] == step:
+        return num_touched
+    concern.mark[rank] = step
+    concern.touched[num_touched] = rank
+    return num_touched + 1
+
+
+@compiled_lean
+def misplaced(copies: Any, expert: int, held: Any) -> Any:
+    """How many of an expert's copies are moves."""
     count = 0
-    for i in range(copies[expert]):
-        fresh = True
-        for j in range(i):
-            fresh = fresh and where[expert, i] // shrink != where[expert, j] // shrink
-        if fresh:
+    for i in range(copies.count[expert]):
+        if not held[expert, copies.ranks[expert, i]]:
             count += 1
     return count
 
 
-@compiled
-def remove_copy(where: Any, copies: Any, expert: int, rank: int) -> None:
-    """Forget the copy on `rank`; the last one takes its place in the list."""
-    last = copies[expert] - 1
-    for i in range(last + 1):
-        if where[expert, i] == rank:
-            where[expert, i] = where[expert, last]
-            break
-    copies[expert] = last
-
-
-@compiled
-def move_copy(where: Any, copies: Any, expert: int, source: int, target: int) -> None:
-    """The copy on rank `source` is now on `target`."""
-    for i in range(copies[expert]):
-        if where[expert, i] == source:
-            where[expert, i] = target
-            return
-
-
-@compiled
-def serve_layer(
-    experts: Any,
-    slots: Any,
-    num_experts: int,
-    num_nodes: int,
-    home: Any,
-    batch: Any,
-    scenario: Any,
-    workload: Any,
-    row_prices: Any,
-    load: Any,
-    traffic: Any,
-) -> None:
-    """Serve every token of one layer by the replica policy `local` (docs/metrics.md), and count.
+@compiled_lean
+def measured(
+    layer: Any, copies: Any, figures: Any, old: Any, concern: Any, scratch: Any, slots: Any,
+    step: int, num_touched: int, steering: float, cost: float, allowed: float,
+) -> Any:  # fmt: skip
+    """Measure what a proposal concerns, keeping the old values; everything at step 0.
 
     Args:
-        experts: [T, K] expert ids, -1 = unused.
-        slots: [S] expert of each slot.
-        num_nodes: nodes, of equally many ranks.
-        home: [T] home rank of each token, -1 where nobody knows.
-        batch: [T] batch of each token; the counts of a home begin anew with its batch.
-        scenario, workload: [T] of each token.
-        row_prices: [G] or [G + num_nodes] price of a message to each rank, and to each node.
-        load: [C, G] float64, filled with the pairs that each rank serves, by scenario.
-        traffic: [workloads] float64, filled with the prices of all messages.
+        cost: of what is not measured.
+        allowed: cost above which the proposal is refused; it need not be exact there.
+
+    Returns:
+        The cost of the new state.
     """
-    num_ranks = load.shape[1]
-    ranks_per_node = num_ranks // num_nodes
-    copies, where = copies_of(slots, num_experts, num_ranks)
-    load[:] = 0.0
-    traffic[:] = 0.0
-    sent = np.zeros((num_ranks + 1, num_ranks), np.int64)  # by home; the last row: unknown
-    counted = np.full(num_ranks + 1, -1, np.int64)  # the batch that each row counts
-    used = np.zeros(num_ranks, np.int64)
-    used_node = np.zeros(num_nodes, np.int64)
-    served = np.zeros(experts.shape[1], np.int64)
-    for token in range(experts.shape[0]):
-        stamp = token + 1
-        start = home[token]
-        if counted[start] != batch[token]:
-            sent[start, :] = 0
-            counted[start] = batch[token]
-        serve_token(
-            experts[token], copies, where, start, sent[start], ranks_per_node, used, used_node,
-            stamp, served,
-        )  # fmt: skip
-        for k in range(served.size):
-            if served[k] >= 0:
-                load[scenario[token], served[k]] += 1.0
-        for rank in range(num_ranks):
-            if used[rank] == stamp and rank != start:
-                traffic[workload[token]] += row_prices[rank]
-        if row_prices.size == num_ranks:
+    cost += measure_rows(layer, copies, figures, old, concern, slots, step, num_touched)
+    levels = layer.groups.size
+    for level in range(levels):
+        rows, stale = layer.row_of[level], concern.stale[level]
+        concern.num_stale[level] = find_stale(copies, rows, concern, step, stale)
+    measure_level(layer, copies, figures, old, concern, scratch.rows, 0)
+    measure_saved(layer, copies, figures, old, concern, scratch.rows)
+    for place in range(1, copies.listed[0] + 1):
+        expert = copies.listed[place]
+        cost += figures.uncovered[0, expert] - figures.saved[expert]
+    cost += measure_load(
+        layer, copies, figures, old, concern, scratch, slots, num_touched, steering
+    )
+    # nodes last, and not at all where the rest is too much already
+    for level in range(1, levels):
+        known = 0
+        for place in range(1, copies.listed[0] + 1):
+            expert = copies.listed[place]
+            if known < concern.num_stale[level] and concern.stale[level, known] == expert:
+                known += 1
+            else:
+                cost += figures.uncovered[level, expert]
+        if cost > allowed:
+            concern.num_stale[level] = 0
+        measure_level(layer, copies, figures, old, concern, scratch.rows, level)
+        for i in range(concern.num_stale[level]):
+            cost += figures.uncovered[level, concern.stale[level, i]]
+    return cost
+
+
+@compiled_lean
+def measure_rows(
+    layer: Any, copies: Any, figures: Any, old: Any, concern: Any, slots: Any, step: int,
+    num_touched: int,
+) -> Any:  # fmt: skip
+    """Measure the rows of touched ranks and of their nodes; the price of all rows."""
+    num_ranks = layer.groups[0]
+    width = slots.size // num_ranks
+    for level in range(layer.groups.size):
+        rows = layer.row_of[level]
+        for i in range(num_touched):
+            rank = concern.touched[i]
+            row = rows[rank]
+            if level > 0 and concern.mark[row] == step:
+                continue
+            covered = figures.once[row]
+            old.row_cost[row] = figures.row_cost[row]
+            copy_row(covered, old.once[row])
+            if level == 0:
+                first = rank * width
+                cover_single(layer.bits, slots, copies.count, first, first + width, covered)
+            else:  # the rows of its ranks are new by now
+                cover_ranks(figures.once, rows, row, covered)
+            if level == 0 or differ(covered, old.once[row]):
+                concern.mark[row] = step
+                price = layer.row_prices[row]
+                figures.row_cost[row] = price * priced(covered, layer.segments, layer.token_prices)
+    cost = 0.0
+    for row in range(figures.row_cost.size):
+        cost += figures.row_cost[row]
+    return cost
+
+
+@compiled_lean
+def find_stale(copies: Any, row_of: Any, concern: Any, step: int, stale: Any) -> Any:
+    """Fill stale [E] with replicated experts that changed, or whose rows [G] did; their number."""
+    count = 0
+    for place in range(1, copies.listed[0] + 1):
+        expert = copies.listed[place]
+        again = step == 0 or expert == concern.changed[0] or expert == concern.changed[1]
+        for i in range(copies.count[expert]):
+            again = again or concern.mark[row_of[copies.ranks[expert, i]]] == step
+        if again:
+            stale[count] = expert
+            count += 1
+    return count
+
+
+@compiled_lean
+def measure_level(
+    layer: Any, copies: Any, figures: Any, old: Any, concern: Any, rows: Any, level: int
+) -> None:
+    """What the free tokens of stale experts cost at a level; at that of ranks also who they are."""
+    row_of = layer.row_of[level]
+    for i in range(concern.num_stale[level]):
+        expert = concern.stale[level, i]
+        ranks, tokens = copies.ranks[expert, : copies.count[expert]], layer.bits[expert]
+        bare = rows[0]
+        if level == 0:
+            bare = figures.bare[expert]
+            copy_row(bare, old.bare[expert])
+            copy_row(figures.exclusive[expert], old.exclusive[expert])
+            count_exclusive(tokens, ranks, figures.once, rows, figures.exclusive[expert])
+        free_tokens(tokens, ranks, row_of, figures.once, bare)
+        price = price_away(ranks, row_of, layer.row_prices, layer.groups[level])
+        old.uncovered[level, expert] = figures.uncovered[level, expert]
+        figures.uncovered[level, expert] = price * priced(bare, layer.segments, layer.token_prices)
+
+
+@compiled_lean
+def measure_saved(layer: Any, copies: Any, figures: Any, old: Any, concern: Any, rows: Any) -> None:
+    """What replicated experts save by meeting, where that may be new."""
+    count = 0
+    last = layer.groups.size
+    for place in range(1, copies.listed[0] + 1):
+        expert = copies.listed[place]
+        if not meets_changed(copies, expert, concern):
             continue
-        for node in range(num_nodes):
-            if used_node[node] == stamp and (start < 0 or node != start // ranks_per_node):
-                traffic[workload[token]] += row_prices[num_ranks + node]
+        concern.stale[last, count] = expert
+        count += 1
+        price = 0.0
+        for i in range(copies.count[expert]):
+            price += layer.row_prices[copies.ranks[expert, i]] / copies.count[expert]
+        old.saved[expert] = figures.saved[expert]
+        figures.saved[expert] = price * met(
+            copies, expert, figures.bare, layer.groups[0], layer.segments, layer.token_prices,
+            rows[0],
+        )  # fmt: skip
+    concern.num_stale[last] = count
+
+
+@compiled_lean
+def meets_changed(copies: Any, expert: int, concern: Any) -> Any:
+    """Whether what `met` says of an expert may be new."""
+    mask = copies.mask[expert]
+    for i in range(concern.num_stale[0]):
+        other = concern.stale[0, i]
+        if other == expert or (other < expert and common_ranks(mask, copies.mask[other]) > 0):
+            return True
+    for i in range(2):
+        if 0 <= concern.changed[i] < expert and common_ranks(mask, concern.masks[i]) > 0:
+            return True
+    return False
+
+
+@compiled_lean
+def measure_load(
+    layer: Any, copies: Any, figures: Any, old: Any, concern: Any, scratch: Any, slots: Any,
+    num_touched: int, steering: float,
+) -> Any:  # fmt: skip
+    """The price of the imbalance of all scenarios."""
+    num_ranks = layer.groups[0]
+    width = slots.size // num_ranks
+    cost = 0.0
+    for scenario in range(layer.loads.shape[0]):
+        if layer.load_prices[scenario] == 0:
+            continue
+        loads, single = layer.loads[scenario], figures.single[scenario]
+        for i in range(num_touched):
+            rank = concern.touched[i]
+            total = 0.0
+            for slot in range(rank * width, (rank + 1) * width):
+                if slots[slot] >= 0 and copies.count[slots[slot]] == 1:
+                    total += loads[slots[slot]]
+            old.single[scenario, rank] = single[rank]
+            single[rank] = total / layer.fair[rank]
+        load = scratch.rank_load
+        fill_load(
+            loads, single, layer.tokens, copies, figures.exclusive, layer.fair, steering,
+            scratch.split, scratch.pull, load,
+        )  # fmt: skip
+        highest = 0.0
+        squares = 0.0
+        for rank in range(num_ranks):
+            squares += load[rank] * load[rank] * layer.fair[rank] / num_ranks
+            highest = max(highest, load[rank])
+        cost += layer.load_prices[scenario] * (highest + SQUARE_SHARE * squares)
+    return cost
+
+
+@compiled_lean
+def undo(
+    layer: Any, copies: Any, figures: Any, old: Any, concern: Any, slots: Any, slot_a: int,
+    slot_b: int, num_touched: int,
+) -> None:  # fmt: skip
+    """Take the last proposal back."""
+    width = slots.size // layer.groups[0]
+    expert_a, expert_b = concern.changed
+    slots[slot_a] = expert_a
+    rank_a, rank_b = slot_a // width, np.int64(-1)
+    if slot_b >= 0:
+        slots[slot_b] = expert_b
+        rank_b = slot_b // width
+    move_copy(copies, expert_a, rank_b, rank_a)
+    move_copy(copies, expert_b, rank_a, rank_b)
+    for i in range(num_touched):
+        rank = concern.touched[i]
+        for level in range(layer.groups.size):
+            row = layer.row_of[level, rank]
+            figures.row_cost[row] = old.row_cost[row]
+            copy_row(old.once[row], figures.once[row])
+        for scenario in range(figures.single.shape[0]):
+            figures.single[scenario, rank] = old.single[scenario, rank]
+    for level in range(layer.groups.size):
+        for i in range(concern.num_stale[level]):
+            expert = concern.stale[level, i]
+            figures.uncovered[level, expert] = old.uncovered[level, expert]
+            if level == 0:
+                copy_row(old.bare[expert], figures.bare[expert])
+                copy_row(old.exclusive[expert], figures.exclusive[expert])
+    last = layer.groups.size
+    for i in range(concern.num_stale[last]):
+        expert = concern.stale[last, i]
+        figures.saved[expert] = old.saved[expert]

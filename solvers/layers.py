@@ -418,7 +418,7 @@ class Layers:
 
     def _served(self, layer: int, slots: Slots) -> tuple[Floats, Floats]:
         """Every token chooses its copies, as in a replay."""
-        from solvers.anneal_replicas import serve_layer
+        from solvers.serving import serve_layer
 
         problem = self.problem
         assert problem.tokens is not None
@@ -465,7 +465,7 @@ def anneal(
     proposals: int,
     seed: Sequence[int],
     hot: float = 1.0,
-    cold: float = 1.0 / 200,
+    cold: float = 1.0 / 20,
     neighbours: tuple[Slots | None, Slots | None] = (None, None),
 ) -> Slots:
     """A copy of `slots`, annealed from hot to cold times the layer's own heat.

@@ -6,9 +6,33 @@ import numpy as np
 import pytest
 
 from solvers.anneal import SQUARE_SHARE, pack_bits
-from solvers.anneal_replicas import DAMPING, SWEEPS, anneal_layer_replicas, fill_load, serve_layer
+from solvers.anneal_replicas import anneal_layer_replicas
+from solvers.copies import new_copies
 from solvers.layers import prepare
 from solvers.problem import Problem
+from solvers.replica_pricing import DAMPING, SWEEPS, fill_load
+from solvers.serving import serve_layer
+
+
+def met_from_scratch(where, users, single, num_ranks):
+    """Messages of free tokens whose experts meet on a rank, each expert once."""
+    free = {
+        e: users[e] - set().union(*(single[g] for g in ranks))
+        for e, ranks in where.items()
+        if len(ranks) > 1
+    }
+    saved = 0.0
+    for e in free:
+        left = set(free[e])
+        for other in sorted(free):
+            common = len(set(where[e]) & set(where[other]))
+            if other >= e or not common:
+                continue
+            chosen = common * (1 / len(where[e]) + 1 / len(where[other])) / 2
+            homeless = 1 - len(set(where[e]) | set(where[other])) / num_ranks
+            saved += chosen * homeless / (1 - 1 / num_ranks) * len(left & free[other])
+            left -= free[other]
+    return saved
 
 
 def figures_from_scratch(tokens, slots, relative, groups, weights, steering):
@@ -30,9 +54,10 @@ def figures_from_scratch(tokens, slots, relative, groups, weights, steering):
                 held = {g // shrink for g in ranks}
                 uncovered = users[e] - set().union(*(single[g] for g in held))
                 total += (1 - len(held) / num_groups) / (1 - 1 / num_groups) * len(uncovered)
-        traffic += weight * total
         if shrink == 1:
             ranks_single = single
+            total -= met_from_scratch(where, users, single, num_ranks)
+        traffic += weight * total
     load = np.zeros(num_ranks)
     for e, ranks in where.items():
         if len(ranks) == 1:
@@ -139,14 +164,12 @@ def test_the_share_of_free_tokens_is_near_that_of_homes_which_count_for_themselv
             tokens=tokens[:, None], home=home, batch=batch,
         )  # fmt: skip
         estimate = np.zeros(num_ranks)
-        copies, where = (
-            np.array([2, 1, 1, 1, 1]),
-            np.array([[0, 1], [0, 0], [1, 0], [2, 0], [3, 0]]),
-        )
+        copies = new_copies(slots, 5, num_ranks, 2)
+        single = np.append(0.0, relative)[[2, 3, 4, 5]]
         fill_load(
-            np.append(relative[:5], 0.0), np.full(5, count), copies, where,
-            np.zeros((5, 2), np.int64), np.ones(num_ranks), prepare(problem).steering,
-            np.zeros((5, 2)), estimate,
+            np.append(relative[:5], 0.0), single, np.full(5, count), copies,
+            np.zeros((5, num_ranks), np.int64), np.ones(num_ranks), prepare(problem).steering,
+            np.zeros((5, 2)), np.zeros(2), estimate,
         )  # fmt: skip
         shares[size] = served, estimate
     for served, estimate in shares.values():

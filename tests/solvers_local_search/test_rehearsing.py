@@ -13,6 +13,7 @@ from solvers import (
     anneal_replicas,
     budget,
     registry,
+    serving,
     swapping,
     walking,
 )
@@ -26,7 +27,7 @@ KERNELS = [
     (anneal, "pack_bits"),
     (anneal_coherent, "anneal_layer_coherent"),
     (anneal_replicas, "anneal_layer_replicas"),
-    (anneal_replicas, "serve_layer"),
+    (serving, "serve_layer"),
     (swapping, "anneal_swaps"),
     (walking, "copies_of"),
     (walking, "walk_tokens"),
