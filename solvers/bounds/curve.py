@@ -73,31 +73,14 @@ class Curve:
         if tokens is None or problem.num_slots != num_experts or num_ranks == 1:
             return None
         num_layers, prices = problem.num_layers, _PRICES if cap < np.inf else (0.0,)
-        setup = tokens.size * _TOKEN_S
-        setup += num_layers * len(prices) * _PROPOSALS * num_experts * _PROPOSAL_S
+        setup = setup_s(problem, len(prices))
         allowed = np.inf if budget.effort is None else budget.effort - setup
         if allowed <= 0:
             return None
-        by_home = figure == "messages_alltoall" and problem.home is not None
-        scale, less = 1.0, np.zeros(num_layers)
-        if figure == "messages_coherent":
-            # a token with experts goes to, and comes back from, span - 1 ranks or more
-            scale, less = 2.0, (tokens >= 0).any(axis=2).sum(axis=0).astype(np.float64)
-        elif figure == "messages_alltoall" and not by_home:
-            scale = 1 - 1 / num_ranks
+        home, scale, less = terms(problem, figure)
         cheap = cheap / scale + less
-        home = problem.home if by_home else None
         max_work = int(min(MAX_WORK, allowed / num_layers / _SEARCHES / PAIR_S))
-        plain = Problem(
-            load=problem.load,
-            num_ranks=num_ranks,
-            slots_per_rank=problem.slots_per_rank,
-            ranks_per_node=num_ranks,
-            tokens=tokens,
-            home=home,
-            scenario_load=problem.scenario_load,
-            folds=problem.folds,
-        )
+        plain = of_ranks(problem, home)
         stop = np.zeros(1, np.int64)
         with stopping(stop, budget), ThreadPoolExecutor(THREADS) as pool:
             starts = annealed(plain, prices, pool, stop)
@@ -109,7 +92,7 @@ class Curve:
                 if not len(sets.weight):
                     return None
                 loads = rank_loads(problem, layer) if cap < np.inf else RankLoads.none(num_experts)
-                layer_tokens = LayerTokens(sets, num_ranks, by_home, loads)
+                layer_tokens = LayerTokens(sets, num_ranks, home is not None, loads)
                 columns = Columns(layer_tokens, starts[layer], max_work=max_work)
                 lowest = float(loads.floor.sum())
                 width = max(_LEAST_WIDTH, cap - lowest) if cap < np.inf else 0.0
@@ -146,6 +129,47 @@ class Curve:
                 list(pool.map(lambda work: work[0].run(work[1], stop), jobs))
                 rounds += 1
         return self.scale * (self.others + best - self.less)
+
+
+def setup_s(problem: Problem, num_starts: int) -> float:
+    """Nominal seconds of counting tokens and of searching placements to start from."""
+    assert problem.tokens is not None
+    proposals = problem.num_layers * num_starts * _PROPOSALS * problem.num_experts
+    return problem.tokens.size * _TOKEN_S + proposals * _PROPOSAL_S
+
+
+def terms(problem: Problem, figure: str) -> tuple[NDArray[np.int64] | None, float, Floats]:
+    """What makes a figure of what layers' tokens cost: scale x (cost - less).
+
+    Args:
+        figure: span, messages_alltoall or messages_coherent.
+
+    Returns:
+        The homes [T] that cost nothing, None if there are none; the scale; [L] what to take off.
+    """
+    tokens = problem.tokens
+    assert tokens is not None
+    nothing = np.zeros(problem.num_layers)
+    if figure == "messages_coherent":
+        # a token with experts goes to, and comes back from, span - 1 ranks or more
+        return None, 2.0, (tokens >= 0).any(axis=2).sum(axis=0).astype(np.float64)
+    if figure == "messages_alltoall" and problem.home is not None:
+        return problem.home, 1.0, nothing
+    return None, 1.0 if figure == "span" else 1 - 1 / problem.num_ranks, nothing
+
+
+def of_ranks(problem: Problem, home: NDArray[np.int64] | None) -> Problem:
+    """The problem without nodes, restrictions and workloads, to find placements quickly."""
+    return Problem(
+        load=problem.load,
+        num_ranks=problem.num_ranks,
+        slots_per_rank=problem.slots_per_rank,
+        ranks_per_node=problem.num_ranks,
+        tokens=problem.tokens,
+        home=home,
+        scenario_load=problem.scenario_load,
+        folds=problem.folds,
+    )
 
 
 def rank_loads(problem: Problem, layer: int) -> RankLoads:

@@ -20,13 +20,14 @@ from solvers import check
 from solvers.bounds.bound import Bound
 from solvers.bounds.certifying import prover
 from solvers.bounds.curve import Curve
+from solvers.bounds.spare import spare_total
 from solvers.bounds.traffic import layer_bounds, traffic_bound
 from solvers.bounds.transport import ROUNDING
 from solvers.budget import Budget
 from solvers.problem import Problem
 from solvers.solving import capped_imbalance
 
-_CHEAP, _COLUMNS = "transport problems", "column generation"
+_CHEAP, _COLUMNS, _COPIES = "transport problems", "column generation", "priced copies"
 
 
 @prover("span")
@@ -71,16 +72,20 @@ def _prove(figure: str, problem: Problem, parts: dict[str, float], budget: Budge
     start = time.perf_counter()
     cheap = layer_bounds(problem, figure)
     total, method, cap = float(cheap.sum()), _CHEAP, np.inf
-    if not budget.expired():
+    if problem.num_slots > problem.num_experts:
+        found = None if budget.expired() else spare_total(problem, figure, cheap, budget)
+        if found is not None and found > total:
+            total, method = found, _COPIES
+    elif not budget.expired():
         if problem.max_imbalance is not None:
             cap = max(problem.max_imbalance, capped_imbalance(parts))
         curve = Curve.of(problem, figure, cheap, cap, budget)
-        found = -np.inf if curve is None else curve.total(cap, budget)
-        if found > total:
-            total, method = found, _COLUMNS
+        known = -np.inf if curve is None else curve.total(cap, budget)
+        if known > total:
+            total, method = known, _COLUMNS
     lower = max(0.0, total / (len(problem.tokens) * problem.num_layers) * (1 - ROUNDING))
     seconds = time.perf_counter() - start
-    among = None if method == _CHEAP or cap == np.inf else cap
+    among = None if method != _COLUMNS or cap == np.inf else cap
     return Bound(figure, parts[figure], lower, method, seconds, among)
 
 
