@@ -258,13 +258,13 @@ class Filling:
         return result
 
     def relative(self, load: Floats) -> Floats:
-        """[C, L, G] rank loads in units of each scenario's mean and of each rank's fair share.
+        """[C, L, G] rank loads of the scenarios of `Layers.loads`, by those that tokens brought.
 
-        As for `Layers.loads`, folds of a workload are one scenario.
+        In units of each scenario's mean and of each rank's fair share.
         """
         count, problem = self.layers.loads.shape[1], self.layers.problem
-        if problem.folds and problem.scenario is not None:
-            load = problem.of_workloads(load)
+        if problem.scenario is not None:
+            load = self.layers.annealed(load)
         load = np.repeat(load, count // len(load), axis=0)
         mean = np.maximum(load.mean(axis=2, keepdims=True), 1e-300)
         relative: Floats = load / mean / problem.fair_share

@@ -109,12 +109,11 @@ class Layers:
     def loads(self) -> Floats:
         """[L, C, E + 1] load in units of its scenario's mean rank load, 0 for an empty slot.
 
-        Folds of a workload are one scenario here, for the anneals: the chance of each is not worth
-        chasing. Candidates are judged by `judged_loads`.
+        For the anneals; candidates are judged by `judged_loads`. See `annealed` for folds.
         """
         problem = self.problem
         loads = problem.load[None] if problem.scenario_load is None else problem.scenario_load
-        return self._relative(problem.of_workloads(loads) if problem.folds else loads)
+        return self._relative(self.annealed(loads))
 
     @cached_property
     def judged_loads(self) -> Floats:
@@ -128,16 +127,33 @@ class Layers:
         mean = np.maximum(loads.sum(axis=2, keepdims=True) / self.problem.num_ranks, 1e-300)
         return np.ascontiguousarray(np.pad(loads / mean, ((0, 0), (0, 0), (0, 1))).swapaxes(0, 1))
 
+    def annealed(self, loads: Floats) -> Floats:
+        """[C', ...] the loads that layers are annealed for, from those of the scenarios [C, ...].
+
+        Folds of a workload are one scenario: the chance of each is not worth chasing. Coupled
+        layers are annealed for what is left without each fold as well, as they are judged: pressed
+        to equal loads of the whole sample they are worse without a fold, and on other requests.
+        """
+        if not self.problem.folds:
+            return loads
+        whole: Floats = self.problem.of_workloads(loads)
+        return np.concatenate([whole, self.problem.judged(loads)]) if self.coupled else whole
+
     @cached_property
     def workload(self) -> NDArray[np.int64]:
         """[C] workload of each row of `loads`."""
-        if self.problem.folds:
-            return np.arange(self.problem.num_workloads)
-        return self.problem.workload_of_scenarios
+        problem = self.problem
+        if not problem.folds:
+            return problem.workload_of_scenarios
+        whole = np.arange(problem.num_workloads)
+        return np.append(whole, problem.workload_of_scenarios) if self.coupled else whole
 
     @cached_property
     def shares(self) -> Floats:
-        """[C] what a scenario counts for in its workload's imbalance."""
+        """[C] what a row of `loads` counts for in its workload's imbalance; sum 1 for each."""
+        if self.problem.folds and self.coupled:  # half the whole, half what is left without folds
+            parts = 0.5 / np.bincount(self.workload[self.problem.num_workloads :])
+            return np.append(np.full(parts.size, 0.5), parts[self.problem.workload_of_scenarios])
         return 1.0 / np.bincount(self.workload)[self.workload]
 
     @cached_property
