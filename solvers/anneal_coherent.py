@@ -100,7 +100,8 @@ def measure_copies(
     Args:
         ranks: [C] of its copies.
         shrink: ranks per node.
-        fixed: [C] filled with the tokens that only this copy can serve.
+        fixed: [C] filled with the tokens that only this copy can serve, or its share of those that
+            only this node's copies can.
         scratch: [5, W] uint64.
     """
     words = once.shape[1]
@@ -156,6 +157,7 @@ def measure_copies(
         away[w] &= ~covered[w]
     cost += 2 * rank_price * both(away, away, segments, token_prices)
     if nodes_count:
+        near_copies(away, num_copies, ranks, once, home, num_ranks, shrink, scratch[1:4], fixed)
         for i in range(num_copies):
             node = num_ranks + ranks[i] // shrink
             for w in range(words):
@@ -169,6 +171,43 @@ def measure_copies(
                 covered[w] |= home[node, w]
         cost -= node_price * both(away, covered, segments, token_prices)
     return cost
+
+
+@compiled
+def near_copies(
+    away: Any, num_copies: int, ranks: Any, once: Any, home: Any, num_ranks: int, shrink: int,
+    scratch: Any, fixed: Any,
+) -> None:  # fmt: skip
+    """Add to fixed [C] the tokens of away [W] that are sure to touch one node with copies only.
+
+    The copies of that node share them.
+    """
+    words = away.size
+    near, often, touched = scratch[0], scratch[1], scratch[2]
+    for w in range(words):
+        near[w] = 0
+        often[w] = 0
+    previous = np.int64(-1)
+    for i in range(num_copies):  # ranks are in order, so those of a node follow each other
+        node = num_ranks + ranks[i] // shrink
+        if node != previous:
+            for w in range(words):
+                touched[w] = once[node, w] | home[node, w]
+                often[w] |= near[w] & touched[w]
+                near[w] |= touched[w]
+        previous = node
+    first = 0
+    while first < num_copies:
+        node = num_ranks + ranks[first] // shrink
+        last = first
+        while last < num_copies and num_ranks + ranks[last] // shrink == node:
+            last += 1
+        count = np.int64(0)
+        for w in range(words):
+            count += np.int64(popcount(away[w] & (once[node, w] | home[node, w]) & ~often[w]))
+        for i in range(first, last):
+            fixed[i] += count / (last - first)
+        first = last
 
 
 @compiled
@@ -283,10 +322,10 @@ def anneal_layer_coherent(
     most = min(num_ranks, num_slots - num_experts + 1)
     copies = np.zeros(num_experts, np.int64)
     where = np.zeros((num_experts, most + 1), np.int64)
-    fixed = np.zeros((num_experts, most + 1), np.int64)
+    fixed = np.zeros((num_experts, most + 1), np.float64)
     old_where = np.zeros((2, most + 1), np.int64)
     old_copies = np.zeros(2, np.int64)
-    old_fixed = np.zeros((num_experts, most + 1), np.int64)
+    old_fixed = np.zeros((num_experts, most + 1), np.float64)
     tokens = np.zeros(num_experts, np.int64)
     leaving = np.zeros((num_experts, num_ranks), np.float64)  # saved next, if the only copy is here
     for expert in range(num_experts):

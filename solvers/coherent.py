@@ -32,6 +32,7 @@ FIRST_HEAT, COLD = 2.0, 1 / 300
 FIRST_PRICE = 2.0  # of imbalance, times what a message between nodes costs in all
 AIM, LEAST_EXCESS = 0.97, 1e-3  # of what the cap allows above 1
 STEP = 3.0  # by which a price changes at most
+ROOTS = 2.0, 6.0
 FIRST_MOVE_PRICE = 0.3  # in shares of the tokens of a mean expert
 CHAIN_SHARE = 0.2
 REWEIGHT = 8.0  # how strongly workloads that fare worse gain weight
@@ -85,19 +86,29 @@ class Bisection:
 class Pursuit:
     """The price of imbalance at which its cap is kept, as anneals that differ by chance tell it.
 
-    What imbalance exceeds 1 by falls roughly with the root of its price.
+    What imbalance exceeds 1 by falls roughly with the root of its price, and with a higher one
+    where chance is most of what is left: the last two anneals tell, within ROOTS.
     """
 
     price: float
     floor: float
     cap: float | None
+    last: tuple[float, float] | None = None  # price, and what imbalance exceeded 1 by
 
     def tell(self, imbalance: float) -> None:
         """What an anneal at the last price reached; move on to the next to try."""
-        if self.cap is not None:
-            aim = max(AIM * (self.cap - 1), LEAST_EXCESS)
-            factor = max(0.0, (imbalance - 1) / aim) ** 2
-            self.price = max(self.floor, self.price * min(STEP, max(1 / STEP, factor)))
+        if self.cap is None:
+            return
+        excess = max(imbalance - 1, LEAST_EXCESS)
+        factor = (excess / max(AIM * (self.cap - 1), LEAST_EXCESS)) ** self._root(excess)
+        self.last = self.price, excess
+        self.price = max(self.floor, self.price * min(STEP, max(1 / STEP, factor)))
+
+    def _root(self, excess: float) -> float:
+        if self.last is None or self.price <= self.last[0]:
+            return ROOTS[0]
+        fallen = np.log(self.last[1] / excess)
+        return float(np.clip(np.log(self.price / self.last[0]) / max(fallen, 1e-9), *ROOTS))
 
 
 @dataclass(eq=False)

@@ -33,6 +33,7 @@ SWEEPS = 12
 FIRST_HEAT, COLD = 3.0, 1 / 300
 HEATS = (1.0, 0.7, 0.5, 0.35, 0.25)  # of the anneals that go on from another, the last repeated
 LENDERS = ("eplb_global", "tensorrt_llm_cooccurrence")
+LAST_SWEEPS = 4  # of an anneal, whose ends are judged
 HURRY = 4  # times fewer proposals than usual leave no time to cool from the first heat
 MOST_PAIRS = 10_000_000  # of tokens and experts that walk with every sweep
 
@@ -144,9 +145,10 @@ class Filling:
             heat = HEATS[-1]
         elif first:
             start, heat = favourite(self.visited[: len(self.search.visited)], prices), FIRST_HEAT
-        found = self.judged(self.run(prices, number, start.placement, heat))
-        self.visited.append(found)
-        return found
+        last = self.run(prices, number, start.placement, heat)
+        found = [self.judged(placement) for placement in last]
+        self.visited += found
+        return favourite(found, prices)
 
     def in_use(self) -> list[Slots]:
         """The current placement, replicas and all, where a layer allows it."""
@@ -188,15 +190,18 @@ class Filling:
             placement,
         )
 
-    def run(self, prices: Prices, number: int, placement: list[Slots], hot: float) -> list[Slots]:
-        """One anneal from `placement`, as far as the budget allows."""
+    def run(
+        self, prices: Prices, number: int, placement: list[Slots], hot: float
+    ) -> list[list[Slots]]:
+        """What the last sweeps of an anneal from `placement` end with; as the budget allows."""
+        ends = [placement]
         problem = self.layers.problem
         pace = Pace(self.budget, 2 * SWEEPS, max(1, self.layers.proposals // SWEEPS))
         ratio = (COLD / hot) ** (1 / SWEEPS)
         for sweep in range(SWEEPS):
             for parity in (0, 1):
                 if self.budget.expired():
-                    return placement
+                    return [*ends, placement][-LAST_SWEEPS:]
                 walk, bit = self.followed
                 _, served, homes = walk.along(placement)
                 served = self.relative(served)
@@ -221,7 +226,8 @@ class Filling:
                 placement = list(placement)
                 placement[parity::2] = moved
             hot *= ratio
-        return placement
+            ends.append(placement)
+        return ends[-LAST_SWEEPS:]
 
     def anneal(
         self,
