@@ -8,8 +8,8 @@ served (`solvers.coherent_replicas` says how that is counted).
 An expert is served at home if a copy is there, an expert with one copy is served there; this much
 is certain and covers ranks. Any other expert costs nothing for tokens that a copy's rank covers,
 else one more rank. (That two such experts of one token may share a rank is left out: the price is
-an upper one.) The tokens that no home and no single covering rank decide fill the least loaded
-copies.
+an upper one.) The tokens that no home and no covering rank decide go to the copies of the one node
+that they touch, or else to all copies, in equal shares.
 
 A proposal recomputes the rows of the ranks that it touches and the replicated experts there:
 O(slots_per_rank * T / 64).

@@ -136,6 +136,15 @@ class Layer:
             covering = {t: [g for g in holders if t in once[g]] for t in away}
             alone = [sum(c == [g] for c in covering.values()) for g in holders]
             fixed = [len(self.users[e] & h) + n for h, n in zip(here, alone, strict=True)]
+            if self.num_rows > self.num_ranks:
+                node_of = [self.rows_of(g)[1] for g in holders]
+                touched = {row: once[row] | self.at(row) for row in node_of}
+                for t in (t for t in away if not covering[t]):
+                    near = [row for row in touched if t in touched[row]]
+                    if len(near) == 1:
+                        copies = [i for i, row in enumerate(node_of) if row == near[0]]
+                        for i in copies:
+                            fixed[i] += 1 / len(copies)
             free = len(self.users[e]) - sum(fixed)
             for g, n in zip(holders, fixed, strict=True):
                 load[:, g] += self.loads[:, e] * (n + free / len(holders)) / len(self.users[e])
@@ -241,7 +250,7 @@ def test_redundant_slots_save_messages_and_imbalance():
 
 
 def test_with_hardly_any_time_it_is_no_worse_than_what_it_borrows(monkeypatch):
-    monkeypatch.setattr(Filling, "run", lambda self, prices, number, placement, heat: placement)
+    monkeypatch.setattr(Filling, "run", lambda self, prices, number, placement, heat: [placement])
     monkeypatch.setattr("solvers.coherent.anneal", lambda layers, layer, slots, *_, **__: slots)
     problem = problem_of(topic_tokens(32, num_tokens=300), 16, 4, dispatch="coherent",
                          home=np.arange(300) % 4, slots_per_rank=5)  # fmt: skip
@@ -271,6 +280,40 @@ def test_the_price_of_imbalance_rises_where_the_cap_is_broken():
     assert after(1.2) > 2.0 > after(1.05)
     assert after(3.0) == 6.0
     assert after(1.01, floor=1.5) == 1.5
+
+
+def test_the_price_of_imbalance_rises_faster_where_the_last_rise_brought_little():
+    pursuit = Pursuit(2.0, 0.0, cap=1.1)
+    pursuit.tell(1.12)
+    factor = pursuit.price / 2.0
+    pursuit.tell(1.119)
+    assert pursuit.price > 2.0 * factor**3
+    pursuit.tell(1.09)
+    falling = pursuit.price
+    pursuit.tell(1.12)
+    assert pursuit.price > falling
+
+
+@QUICK
+@given(seed=st.integers(0, 2**32))
+def test_coupled_layers_are_annealed_for_the_whole_and_for_what_folds_leave(seed):
+    rng = np.random.default_rng(seed)
+    tokens = random_tokens(rng, 90, 2, 8, 3)
+    scenario = np.concatenate([np.arange(3), rng.integers(0, 3, 87)])
+    loads = np.stack(
+        [[np.bincount(tokens[scenario == c, i].ravel(), minlength=8) for i in range(2)]
+         for c in range(3)]
+    ).astype(float)  # fmt: skip
+    problem = problem_of(tokens, 8, 4, dispatch="coherent", scenario=scenario,
+                         scenario_load=loads, folds=True)  # fmt: skip
+    layers = prepare(problem)
+    mine = layers.annealed(loads)
+    np.testing.assert_array_equal(mine[0], loads.sum(axis=0))
+    np.testing.assert_array_equal(mine[1:], loads.sum(axis=0) - loads)
+    assert layers.load_prices(layers.uniform_prices(6.0)).tolist() == [3.0, 1.0, 1.0, 1.0]
+    apart = prepare(replace(problem, dispatch="alltoall"))
+    np.testing.assert_array_equal(apart.annealed(loads), loads.sum(axis=0)[None])
+    assert apart.load_prices(apart.uniform_prices(6.0)).tolist() == [6.0]
 
 
 def test_an_anneal_with_a_time_limit_spreads_it_over_its_parts(monkeypatch):
