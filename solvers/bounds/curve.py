@@ -168,6 +168,7 @@ def of_ranks(problem: Problem, home: NDArray[np.int64] | None) -> Problem:
         tokens=problem.tokens,
         home=home,
         scenario_load=problem.scenario_load,
+        scenario=problem.scenario,
         folds=problem.folds,
     )
 

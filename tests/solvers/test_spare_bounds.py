@@ -105,6 +105,23 @@ def test_more_effort_never_proves_less_and_the_same_effort_the_same():
     assert found[1] < found[-1]
 
 
+@pytest.mark.parametrize("folds", [False, True])
+def test_bounds_hold_with_scenarios_under_a_cap(folds):
+    tokens = topic_tokens(6, num_tokens=200, num_layers=2)
+    scenario = np.arange(200) // 50
+    load = np.zeros((4, 2, 16))
+    row, layer, column = np.nonzero(tokens >= 0)
+    np.add.at(load, (scenario[row], layer, tokens[row, layer, column]), 1.0)
+    problem = make_problem(
+        tokens, 16, 4, 5, home=np.arange(200) % 4, scenario=scenario, scenario_load=load,
+        folds=folds, max_imbalance=1.2,
+    )  # fmt: skip
+    best = solve(problem, "local_search", seed=0)
+    for bound in certify(problem, best.placement, Budget(effort=1.0), FIGURES):
+        assert bound.method == "priced copies"
+        assert bound.lower_bound <= best.parts[bound.figure] + 1e-9
+
+
 def test_nothing_is_begun_without_time():
     problem = make_problem(topic_tokens(2, num_layers=1), 16, 4, 5)
     placement = random_placement(problem, np.random.default_rng(0))
