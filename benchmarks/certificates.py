@@ -2,6 +2,7 @@
 
     python benchmarks/certificates.py [--trace gpt_oss.npz] [--effort 120] [--large]
     python benchmarks/certificates.py --trace gpt_oss.npz --traffic [--gpus 8] [--effort 60]
+        [--slots-per-rank 5] [--caps none,1.10]
 
 Instances, all in-sample (a certificate is about the very data that it is computed on):
 
@@ -102,16 +103,18 @@ def instances(trace: Path | None, large: bool) -> dict[str, solvers.Problem]:
     return found
 
 
-def measure_traffic(trace: Path, num_ranks: int, effort: float) -> None:
+def measure_traffic(
+    trace: Path, num_ranks: int, slots: int | None, caps: list[float | None], effort: float
+) -> None:
     """A table of what is proven about plans under caps."""
     from placer.planning import Settings, build_problem, open_traces, split_sources
 
-    settings = Settings(num_ranks=num_ranks)
+    settings = Settings(num_ranks=num_ranks, slots_per_rank=slots)
     fit = split_sources(open_traces([trace]), settings).fit
     problem = build_problem(fit, settings, lambda _: None)
     print("| cap | figure | value | bound | gap | CPU s | by |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    for cap in (None, 1.3, 1.1, 1.05):
+    for cap in caps:
         asked = replace(problem, max_imbalance=cap)
         result = solvers.solve(asked, "local_search")
         for figure in ("span", "messages_alltoall"):
@@ -132,9 +135,14 @@ def main() -> None:
     parser.add_argument("--only", default="")
     parser.add_argument("--traffic", action="store_true", help="span and messages; needs --trace")
     parser.add_argument("--gpus", type=int, default=8)
+    parser.add_argument("--slots-per-rank", type=int, help="with --traffic")
+    parser.add_argument("--caps", default="none,1.3,1.1,1.05", help="with --traffic")
     arguments = parser.parse_args()
     if arguments.traffic:
-        measure_traffic(arguments.trace, arguments.gpus, arguments.effort)
+        caps = [None if cap == "none" else float(cap) for cap in arguments.caps.split(",")]
+        measure_traffic(
+            arguments.trace, arguments.gpus, arguments.slots_per_rank, caps, arguments.effort
+        )
         return
     solvers.solve(count(topics(2, 8, 2, 50), 8, 2), "pairwise")  # compiles
     print("| instance | objective | value | solve, CPU s | bound | gap | proof, s (CPU s) | by |")

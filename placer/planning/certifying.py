@@ -58,7 +58,9 @@ def bounds_of_result(
 def bounds_of_results(problem: Problem, results: Sequence[Result]) -> list[Bound | None]:
     """Bounds on the messages of several results, each among plans that are as balanced.
 
-    None where the solvers' own bound is all there is: other objectives, nodes, replicas.
+    With redundant slots among all plans.
+
+    None where the solvers' own bound is all there is: other objectives, nodes.
     """
     from solvers import Budget
     from solvers.bounds.span import bounds_as_balanced

@@ -94,20 +94,30 @@ def bounds_as_balanced(
 ) -> list[Bound]:
     """A bound for each of several placements: what none that is as balanced is below.
 
+    With redundant slots one that none at all is below.
+
     Args:
         parts: of each placement, from `solvers.check.check`.
         budget: for all of them together; what is proven for one helps the others.
 
     Returns:
-        Empty where columns prove nothing.
+        Empty where no more than the cheap bound is proven.
     """
     caps = [capped_imbalance(figures) for figures in parts]
     if not caps or problem.tokens is None:
         return []
-    curve = Curve.of(problem, figure, layer_bounds(problem, figure), float(np.median(caps)), budget)
+    count = len(problem.tokens) * problem.num_layers
+    cheap = layer_bounds(problem, figure)
+    if problem.num_slots > problem.num_experts:
+        start = time.perf_counter()
+        total = spare_total(problem, figure, cheap, budget)
+        if total is None:
+            return []
+        lower, seconds = total / count * (1 - ROUNDING), time.perf_counter() - start
+        return [Bound(figure, each[figure], lower, _COPIES, seconds) for each in parts]
+    curve = Curve.of(problem, figure, cheap, float(np.median(caps)), budget)
     if curve is None:
         return []
-    count = len(problem.tokens) * problem.num_layers
     for number, cap in enumerate(caps):
         share = 1 / (len(caps) - number)
         effort = None if budget.effort is None else budget.effort * (number + 1) / len(caps)

@@ -18,7 +18,7 @@ from solvers.budget import Budget
 from solvers.parallel import stopping
 from solvers.problem import Problem
 
-_PROOFS = 0.25  # of a layer, that an effort should suffice for
+_PROOFS = 1.0  # of a layer, that an effort should suffice for
 
 
 def spare_total(

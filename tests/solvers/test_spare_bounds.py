@@ -22,6 +22,7 @@ from solvers.bounds import copies_kernels as kernels
 from solvers.bounds.certifying import certify
 from solvers.bounds.copies import Copies, CopyTokens
 from solvers.bounds.copies_kernels import UNIT
+from solvers.bounds.span import bounds_as_balanced
 from solvers.bounds.spare import spare_total
 from solvers.bounds.token_sets import TokenSets
 from solvers.bounds.traffic import layer_bounds
@@ -120,6 +121,16 @@ def test_bounds_hold_with_scenarios_under_a_cap(folds):
     for bound in certify(problem, best.placement, Budget(effort=1.0), FIGURES):
         assert bound.method == "priced copies"
         assert bound.lower_bound <= best.parts[bound.figure] + 1e-9
+
+
+def test_several_placements_are_compared_with_one_bound():
+    problem = make_problem(topic_tokens(2, num_layers=1), 16, 4, 5, home=np.arange(600) % 4)
+    parts = [solve(problem, name).parts for name in ("local_search", "eplb_global")]
+    bounds = bounds_as_balanced(problem, "messages_alltoall", parts, Budget(effort=0.5))
+    assert [bound.value for bound in bounds] == [each["messages_alltoall"] for each in parts]
+    assert bounds[0].lower_bound == bounds[1].lower_bound
+    assert 0 < bounds[0].gap < bounds[1].gap < 0.5
+    assert bounds_as_balanced(problem, "messages_alltoall", parts, Budget(effort=0.0)) == []
 
 
 def test_nothing_is_begun_without_time():
