@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from solvers.problem import Dispatch, Problem
+from solvers.problem import Problem
 from solvers.result import RequestError
 
 PAIRWISE = {
@@ -266,9 +266,27 @@ def _any(array: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class _Chosen:
+    """Who serves the tokens of a layer.
+
+    Attributes:
+        rank: [T, K] the rank that serves each expert, -1 = unused.
+        used: [T, G] whether a token uses a rank.
+        used_nodes: [T, N] the same for nodes.
+        ranks, nodes: [T] how many.
+    """
+
+    rank: NDArray[np.int64]
+    used: NDArray[np.bool_]
+    used_nodes: NDArray[np.bool_]
+    ranks: NDArray[np.int64]
+    nodes: NDArray[np.int64]
+
+
+@dataclass
 class _Served:
-    """Sums over layers.
+    """Sums over layers, of one dispatch.
 
     Attributes:
         span, node_span: over all tokens.
@@ -284,12 +302,70 @@ class _Served:
     cost: NDArray[np.float64]
     pairs: NDArray[np.int64]
 
+    @classmethod
+    def nothing(cls, problem: Problem) -> _Served:
+        scenarios = 1 if problem.scenario_load is None else len(problem.scenario_load)
+        pairs = np.zeros((scenarios, problem.num_layers, problem.num_ranks), np.int64)
+        messages, node_messages, cost = np.zeros((3, problem.num_workloads))
+        return cls(0, 0, messages, node_messages, cost, pairs)
+
+    def add(
+        self,
+        problem: Problem,
+        layer: int,
+        chosen: _Chosen,
+        home: NDArray[np.int64] | None,
+        after: NDArray[np.int64] | None = None,
+    ) -> None:
+        """Count a layer.
+
+        Args:
+            chosen: who serves its tokens.
+            home: [T] from where they come, None = from anywhere.
+            after: [T] with coherent dispatch: where results are brought.
+        """
+        workload, used, ranks, nodes = (
+            problem.token_workload,
+            chosen.used,
+            chosen.ranks,
+            chosen.nodes,
+        )
+        row = np.arange(len(used))
+
+        def of_workloads(figure: NDArray[Any]) -> NDArray[np.float64]:
+            return np.bincount(workload, figure, minlength=problem.num_workloads).astype(np.float64)
+
+        scenario = np.zeros(len(used), np.int64) if problem.scenario is None else problem.scenario
+        size = problem.num_ranks
+        pair = (scenario[:, None] * size + chosen.rank)[chosen.rank >= 0]
+        count = np.bincount(pair, minlength=len(self.pairs) * size)
+        self.pairs[:, layer] = count.reshape(-1, size)
+        self.span += int(ranks.sum())
+        self.node_span += int(nodes.sum())
+        if home is None:
+            self.messages += of_workloads(ranks * (1 - 1 / size))
+            self.node_messages += of_workloads(nodes * (1 - 1 / problem.num_nodes))
+        else:
+            self.messages += of_workloads(ranks - used[row, home])
+            at_home = chosen.used_nodes[row, home // problem.ranks_per_node]
+            self.node_messages += of_workloads(nodes - at_home)
+        if after is not None:
+            active = ranks > 0
+            self.messages += of_workloads(ranks - active)
+            self.node_messages += of_workloads(nodes - active)
+        if problem.link_cost is not None:
+            from_home = problem.link_cost.mean(axis=0)[None]
+            if home is not None:
+                from_home = problem.link_cost[home]
+            self.cost += of_workloads((used * from_home).sum(axis=1))
+            if after is not None:
+                self.cost += of_workloads((used * problem.link_cost.T[after]).sum(axis=1))
+
 
 def _token_figures(problem: Problem, copies: NDArray[np.bool_]) -> dict[str, float]:
     assert problem.tokens is not None
     count = max(1, problem.tokens.shape[0] * problem.num_layers)
-    alltoall = _serve(problem, "alltoall", copies)
-    coherent = _serve(problem, "coherent", copies)
+    alltoall, coherent = _serve(problem, copies)
     own = coherent if problem.dispatch == "coherent" else alltoall
     figures = {
         "span": own.span / count,
@@ -313,53 +389,23 @@ def _token_figures(problem: Problem, copies: NDArray[np.bool_]) -> dict[str, flo
     return figures
 
 
-def _serve(problem: Problem, dispatch: Dispatch, copies: NDArray[np.bool_]) -> _Served:
-    """Send every token through every layer."""
-    tokens, num_ranks = problem.tokens, problem.num_ranks
+def _serve(problem: Problem, copies: NDArray[np.bool_]) -> tuple[_Served, _Served]:
+    """Send every token through every layer, with alltoall and with coherent dispatch."""
+    tokens = problem.tokens
     assert tokens is not None
-    coherent = dispatch == "coherent"
     home = None if problem.home is None else problem.home.astype(np.int64)
-    scenario = np.zeros(len(tokens), np.int64) if problem.scenario is None else problem.scenario
-    num_scenarios = 1 if problem.scenario_load is None else len(problem.scenario_load)
-    workload, num_workloads = problem.token_workload, problem.num_workloads
-    row = np.arange(len(tokens))
-    span = node_span = 0
-    messages, node_messages, cost = np.zeros((3, num_workloads))
-    pairs = np.zeros((num_scenarios, problem.num_layers, num_ranks), np.int64)
-
-    def of_workloads(figure: NDArray[Any]) -> NDArray[np.float64]:
-        return np.bincount(workload, figure, minlength=num_workloads).astype(np.float64)
-
+    alltoall, coherent = _Served.nothing(problem), _Served.nothing(problem)
+    moved = home
     for layer in range(problem.num_layers):
         experts = tokens[:, layer, :]
-        used, served = _choose_copies(problem, experts, copies[layer], home)
-        used_nodes = _any(used.reshape(len(used), problem.num_nodes, -1))
-        pair = (scenario[:, None] * num_ranks + served)[served >= 0]
-        pairs[:, layer] = np.bincount(pair, minlength=num_scenarios * num_ranks).reshape(
-            num_scenarios, num_ranks
-        )
-        ranks, nodes = used.sum(axis=1), used_nodes.sum(axis=1)
-        span += int(ranks.sum())
-        node_span += int(nodes.sum())
-        if home is None:
-            messages += of_workloads(ranks * (1 - 1 / num_ranks))
-            node_messages += of_workloads(nodes * (1 - 1 / problem.num_nodes))
-        else:
-            messages += of_workloads(ranks - used[row, home])
-            node_messages += of_workloads(nodes - used_nodes[row, home // problem.ranks_per_node])
-        if problem.link_cost is not None:
-            from_home = problem.link_cost.mean(axis=0)[None]
-            if home is not None:
-                from_home = problem.link_cost[home]
-            cost += of_workloads((used * from_home).sum(axis=1))
-        if coherent:
-            active = ranks > 0
-            messages += of_workloads(ranks - active)
-            node_messages += of_workloads(nodes - active)
-            home = _rank_of_primary(problem, layer, experts, served, home)
-            if problem.link_cost is not None:
-                cost += of_workloads((used * problem.link_cost.T[home]).sum(axis=1))
-    return _Served(span, node_span, messages, node_messages, cost, pairs)
+        chosen = _choose_copies(problem, experts, copies[layer], home)
+        alltoall.add(problem, layer, chosen, home)
+        if moved is not home and (copies[layer].sum(axis=1) > 1).any():
+            chosen = _choose_copies(problem, experts, copies[layer], moved)
+        after = _rank_of_primary(problem, layer, experts, chosen.rank, moved)
+        coherent.add(problem, layer, chosen, moved, after)
+        moved = after
+    return alltoall, coherent
 
 
 def _choose_copies(
@@ -367,16 +413,13 @@ def _choose_copies(
     experts: NDArray[np.integer],
     copies: NDArray[np.bool_],
     home: NDArray[np.int64] | None,
-) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+) -> _Chosen:
     """Serve each token of one layer, see the module's docstring for the rule.
 
     Args:
         experts: [T, K] experts of each token, -1 = unused.
         copies: [E, G] whether a rank holds an expert.
         home: [T] home ranks, or None.
-
-    Returns:
-        [T, G] whether a token uses a rank, and [T, K] the rank that serves each expert (-1 unused).
     """
     if (copies.sum(axis=1) > 1).any():
         from solvers.check_serving import serve
@@ -391,7 +434,8 @@ def _choose_copies(
     for k in range(experts.shape[1]):
         row = np.nonzero(served[:, k] >= 0)[0]
         used[row, served[row, k]] = True
-    return used, served
+    used_nodes = _any(used.reshape(len(used), problem.num_nodes, -1))
+    return _Chosen(served, used, used_nodes, used.sum(axis=1), used_nodes.sum(axis=1))
 
 
 def _rank_of_primary(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -178,7 +178,7 @@ def certify_plan(
     Raises:
         UsageError: another model's trace, or a figure that nothing is known about.
     """
-    from solvers import Budget, capped_imbalance, check
+    from solvers import Budget
     from solvers.bounds.certifying import certify, known_figures
 
     unknown = sorted(set(figures or ()) - set(known_figures()))
@@ -204,11 +204,9 @@ def certify_plan(
         balance_over="trace",
     )
     problem = build_problem(part, settings, progress)
-    if as_balanced:
-        own = capped_imbalance(check.check(problem, placement.physical_to_logical))
-        problem = replace(problem, max_imbalance=max(1.0, own))
     progress("proving bounds")
-    bounds = certify(problem, placement.physical_to_logical, Budget(seconds), figures)
+    slots = placement.physical_to_logical
+    bounds = certify(problem, slots, Budget(seconds), figures, as_balanced=as_balanced)
     _, scope = judging_part(source, plan, phase=phase, all_requests=True)
     return Certificate(
         scope=scope,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ from solvers import check
 from solvers.bounds.bound import Bound
 from solvers.budget import Budget
 from solvers.problem import Problem
-from solvers.solving import ctrl_c_stops
+from solvers.solving import capped_imbalance, ctrl_c_stops
 
 _MET = 1e-9  # a gap that is rounding
 
@@ -59,6 +60,7 @@ def certify(
     placement: NDArray[np.integer],
     budget: Budget,
     figures: Sequence[str] | None = None,
+    as_balanced: bool = False,
 ) -> list[Bound]:
     """Bounds on the figures of a placement, of those that anything can be proven about.
 
@@ -69,6 +71,8 @@ def certify(
         placement: [L, S] logical expert of each slot, -1 = empty.
         budget: time, shared evenly by the provers that are left, and the effort of each.
         figures: which ones; None = all.
+        as_balanced: the placements that span and messages are bounded of are no less balanced than
+            this one, instead of keeping the problem's cap.
 
     Raises:
         ValueError: the placement is unsound.
@@ -76,6 +80,8 @@ def certify(
     """
     _load_all()
     parts = check.check(problem, placement)
+    if as_balanced:
+        problem = replace(problem, max_imbalance=max(1.0, capped_imbalance(parts)))
     wanted = list(_PROVERS) if figures is None else [name for name in figures if name in _PROVERS]
     jobs = [(figure, function) for figure in wanted for function in _PROVERS[figure]]
     best: dict[str, Bound] = {}

@@ -5,7 +5,7 @@ is a lower bound on the figure. Three proofs:
 
 - `transport`: integral b-matchings, cheap, also with redundant slots (`solvers.bounds.transport`);
 - `exact`: the optimum itself, for few experts (`solvers.proving`);
-- `relaxation`: doubly nonnegative with triangle cuts (`solvers.bounds.relaxation`); where every
+- `relaxation`: doubly nonnegative with cuts (`solvers.bounds.relaxation`); where every
   slot holds an expert, so that each rank holds equally many of each layer. Much tighter.
 
 Pins, caps and limits on moves only take placements away, so the bounds hold with them too.
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from solvers.bounds.bound import Bound
 from solvers.bounds.certifying import prover
-from solvers.bounds.relaxation import Chain, bound_kept
+from solvers.bounds.relaxation import THREADS, Chain, bound_kept
 from solvers.bounds.transport import affinity_bound, coactivation_bound, share_cut
 from solvers.budget import Budget
 from solvers.problem import Problem
@@ -30,7 +30,8 @@ Floats = NDArray[np.float64]
 
 AFFINITY, COACTIVATION = "cross_rank_fraction", "coactivation_cut"
 MAX_ITERATIONS, MIN_ITERATIONS = 1000, 40
-_SECONDS_PER_ENTRY = 8e-8  # nominal, of one iteration per entry of the matrices to decompose
+_HURRIED_ITERATIONS = 20  # fewer prove less than b-matchings
+_SECONDS_PER_ENTRY = 1.1e-7  # nominal, of one iteration per entry of the matrices to decompose
 
 
 def pairs_of(problem: Problem) -> Floats:
@@ -46,7 +47,8 @@ def affinity_by_transport(
     """b-matchings of neighbouring layers."""
     if AFFINITY not in parts:
         return None
-    return _bound(AFFINITY, parts, affinity_bound(problem), "b-matching", time.perf_counter())
+    start = time.perf_counter()
+    return _bound(AFFINITY, parts, affinity_bound(problem, budget), "b-matching", start)
 
 
 @prover(COACTIVATION)
@@ -56,9 +58,8 @@ def coactivation_by_transport(
     """b-matchings within layers."""
     if COACTIVATION not in parts:
         return None
-    return _bound(
-        COACTIVATION, parts, coactivation_bound(problem), "b-matching", time.perf_counter()
-    )
+    start = time.perf_counter()
+    return _bound(COACTIVATION, parts, coactivation_bound(problem, budget), "b-matching", start)
 
 
 @prover(AFFINITY)
@@ -112,11 +113,13 @@ def _relax(
     if problem.num_slots != problem.num_experts or problem.num_ranks == 1 or total <= 0:
         return None
     iterations = MAX_ITERATIONS
+    nominal = _SECONDS_PER_ENTRY * chain.num_copies * (chain.blocks * chain.num_experts) ** 2
     if budget.effort is not None:
-        entries = chain.num_copies * (chain.blocks * chain.num_experts) ** 2
-        iterations = min(iterations, int(budget.effort / (_SECONDS_PER_ENTRY * entries)))
+        iterations = min(iterations, int(budget.effort / nominal))
         if iterations < MIN_ITERATIONS:
             return None
+    if budget.remaining() * THREADS < _HURRIED_ITERATIONS * nominal:
+        return None
     proof = bound_kept(chain, budget, iterations, (1.0 - parts[figure]) * total)
     if proof is None:
         return None

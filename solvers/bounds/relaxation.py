@@ -42,7 +42,7 @@ along a chain of layers: placer.
 from __future__ import annotations
 
 import importlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -208,7 +208,7 @@ class _Search:
                 if last or met or stalled >= _PATIENCE:
                     break
             took = max(took, began - budget.remaining()) if budget.seconds is not None else 0.0
-        kept = evaluate(self.chain, best[1], best[2], self.scale)
+        kept = evaluate(self.chain, best[1], best[2], self.scale, self.pool)
         return Proof(kept, iteration, self.x[: self.chain.num_layers].copy())
 
     def step_entries(self) -> None:
@@ -287,7 +287,9 @@ class _Search:
         return spectral + _rest(self.chain, self.costs, self.dual, self.stars)[0]
 
 
-def evaluate(chain: Chain, dual: NDArray[np.floating], cuts: Stars, scale: float) -> float:
+def evaluate(
+    chain: Chain, dual: NDArray[np.floating], cuts: Stars, scale: float, pool: Executor
+) -> float:
     """The bound that a dual point proves, raised by what rounding can amount to.
 
     Args:
@@ -295,29 +297,34 @@ def evaluate(chain: Chain, dual: NDArray[np.floating], cuts: Stars, scale: float
         dual: [P, bE, bE] D, of the costs times `scale`.
         cuts: stars and their multipliers, of the same.
         scale: any positive number.
+        pool: takes the copies.
     """
-    size, num_ranks, num_experts = dual.shape[1], chain.num_ranks, chain.num_experts
-    largest = size // num_ranks  # b s
-    upper = np.triu(np.ones((num_experts, num_experts), bool), 1)
+    upper = np.triu(np.ones((chain.num_experts, chain.num_experts), bool), 1)
     costs = np.where(upper, 2.0 * chain.together, 0.0)
     if chain.flow is not None:
         costs = np.concatenate([costs, chain.flow])
-    costs = costs * scale
-    total, rounding = 0.0, 0.0
-    for matrix in dual.astype(np.float64):
-        symmetric = (matrix + matrix.T) / 2
-        blocks = symmetric.reshape(chain.blocks, num_experts, chain.blocks, num_experts)
-        centred = blocks - blocks.mean(axis=1, keepdims=True)
-        centred = (centred - centred.mean(axis=3, keepdims=True)).reshape(size, size)
-        # the vectors that do not sum to zero get an eigenvalue below all others
-        norm = float(np.linalg.norm(centred)) + 1e-300
-        away = np.kron(np.eye(chain.blocks), np.full((num_experts, num_experts), 1 / num_experts))
-        values = np.linalg.eigvalsh(centred - 2 * norm * away)
-        total += largest * float(values[size - num_ranks + 1 :].sum())
-        rounding += largest * (num_ranks - 1) * 100 * size * _EPSILON * norm
-    rest, terms = _rest(chain, costs, dual.astype(np.float64), cuts)
+    parts = np.array(list(pool.map(lambda matrix: _spectral(chain, matrix), dual)))
+    total, rounding = (float(part) for part in parts.sum(axis=0))
+    rest, terms = _rest(chain, costs * scale, dual.astype(np.float64), cuts)
     rounding += _ROUNDING * (terms + abs(total))
     return (total + rest + rounding) / scale
+
+
+def _spectral(chain: Chain, dual: NDArray[np.floating]) -> tuple[float, float]:
+    """The largest <D, V R V^T> over (1) of a copy of D, and how inexact it can be."""
+    size, num_ranks, num_experts = len(dual), chain.num_ranks, chain.num_experts
+    matrix = dual.astype(np.float64)
+    symmetric = (matrix + matrix.T) / 2
+    blocks = symmetric.reshape(chain.blocks, num_experts, chain.blocks, num_experts)
+    centred = blocks - blocks.mean(axis=1, keepdims=True)
+    centred = (centred - centred.mean(axis=3, keepdims=True)).reshape(size, size)
+    # the vectors that do not sum to zero get an eigenvalue below all others
+    norm = float(np.linalg.norm(centred)) + 1e-300
+    away = np.kron(np.eye(chain.blocks), np.full((num_experts, num_experts), 1 / num_experts))
+    values = np.linalg.eigvalsh(centred - 2 * norm * away)
+    largest = size // num_ranks  # b s
+    rounding = largest * (num_ranks - 1) * 100 * size * _EPSILON * norm
+    return largest * float(values[size - num_ranks + 1 :].sum()), rounding
 
 
 def _rest(

@@ -21,13 +21,14 @@ from solvers.bounds.bound import Bound
 from solvers.bounds.certifying import prover
 from solvers.bounds.curve import Curve
 from solvers.bounds.spare import spare_total
-from solvers.bounds.traffic import layer_bounds, traffic_bound
+from solvers.bounds.traffic import layer_bounds, node_traffic_bound
 from solvers.bounds.transport import ROUNDING
 from solvers.budget import Budget
 from solvers.problem import Problem
 from solvers.solving import capped_imbalance
 
 _CHEAP, _COLUMNS, _COPIES = "transport problems", "column generation", "priced copies"
+_CHEAP_SHARE, _FOR_NODES = 0.3, 0.1  # of a time limit
 
 
 @prover("span")
@@ -56,11 +57,10 @@ def bound_traffic(problem: Problem, parts: dict[str, float], budget: Budget) -> 
         return None
     if problem.num_nodes == 1 or problem.num_workloads > 1:
         return None
-    messages = _prove(figure, problem, parts, budget)
-    both, alone = traffic_bound(problem), traffic_bound(replace(problem, node_weight=0.0))
-    if messages is None or both is None or alone is None:
+    messages = _prove(figure, problem, parts, budget.part(1 - _FOR_NODES))
+    if messages is None:
         return None
-    lower = (messages.lower_bound + both - alone) * (1 - ROUNDING)
+    lower = (messages.lower_bound + node_traffic_bound(problem, budget)) * (1 - ROUNDING)
     value = check.objective(problem, parts)
     return replace(messages, figure="objective", value=value, lower_bound=lower)
 
@@ -70,7 +70,7 @@ def _prove(figure: str, problem: Problem, parts: dict[str, float], budget: Budge
     if problem.tokens is None or figure not in parts:
         return None
     start = time.perf_counter()
-    cheap = layer_bounds(problem, figure)
+    cheap = layer_bounds(problem, figure, budget.part(_CHEAP_SHARE))
     total, method, cap = float(cheap.sum()), _CHEAP, np.inf
     if problem.num_slots > problem.num_experts:
         found = None if budget.expired() else spare_total(problem, figure, cheap, budget)

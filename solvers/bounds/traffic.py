@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from solvers.bounds.groups import Groups
-from solvers.bounds.transport import flow_kept, largest, pairs_kept, transport_bound
+from solvers.bounds.transport import flow_kept, has_ended, largest, pairs_kept
 from solvers.budget import Budget
 from solvers.problem import Problem
 
@@ -32,7 +32,8 @@ def traffic_bound(problem: Problem, budget: Budget | None = None) -> float | Non
     """Messages of the dispatch + node_weight x node messages, or what they cost by `link_cost`.
 
     With several workloads: what `robust` makes of their bounds. A message costs at least as much as
-    over the cheapest link. For layers that the budget does not reach, only room is counted.
+    over the cheapest link. Layers that half of the budget does not reach are left to prices
+    (`solvers.bounds.transport`); where all of it ends, only room is counted.
     """
     if problem.dispatch == "allgather":
         return problem.num_ranks - 1 + problem.node_weight * (problem.num_nodes - 1)
@@ -50,21 +51,34 @@ def traffic_bound(problem: Problem, budget: Budget | None = None) -> float | Non
         if problem.num_ranks == 1:
             return 0.0
     workload = problem.token_workload
-    found = []
-    for number in range(problem.num_workloads):
-        part = _tokens_of(problem, workload == number)
-        assert part.tokens is not None
-        total = 0.0
-        for layer in range(problem.num_layers):
-            if budget is not None and budget.expired():
-                for groups, weight in levels:
-                    total += weight * _messages_for_room(problem, part.tokens[:, layer], groups)
-                continue
-            counts = _Counts.of(part.tokens[:, layer, :], problem.num_experts)
-            for groups, weight in levels:
-                total += weight * _messages(part, part.tokens, layer, counts, groups)
-        found.append(total / float(part.tokens.shape[0] * problem.num_layers))
+    found = [
+        _over_tokens(_tokens_of(problem, workload == number), levels, budget)
+        for number in range(problem.num_workloads)
+    ]
     return float(problem.aggregate(np.array(found))) if len(found) > 1 else found[0]
+
+
+def node_traffic_bound(problem: Problem, budget: Budget) -> float:
+    """The part of `traffic_bound` that is messages between nodes; one workload, with tokens."""
+    return _over_tokens(problem, _levels(problem)[1:], budget)
+
+
+def _over_tokens(
+    problem: Problem, levels: list[tuple[Groups, float]], budget: Budget | None
+) -> float:
+    """What messages cost, mean over tokens and layers."""
+    assert problem.tokens is not None
+    exact = None if budget is None else budget.part(0.5)
+    total = 0.0
+    for layer in range(problem.num_layers):
+        experts = problem.tokens[:, layer]
+        if has_ended(budget):
+            total += sum(weight * _messages_for_room(problem, experts, g) for g, weight in levels)
+            continue
+        counts, hurried = _Counts.of(experts, problem.num_experts), has_ended(exact)
+        for groups, weight in levels:
+            total += weight * _messages(problem, layer, counts, groups, hurried)
+    return total / float(problem.tokens.shape[0] * problem.num_layers)
 
 
 def _levels(problem: Problem) -> list[tuple[Groups, float]]:
@@ -93,20 +107,23 @@ def _tokens_of(problem: Problem, chosen: NDArray[np.bool_]) -> Problem:
     )
 
 
-def layer_bounds(problem: Problem, figure: str) -> Floats:
-    """[L] bounds on the sum over all tokens of span, messages_alltoall or messages_coherent."""
+def layer_bounds(problem: Problem, figure: str, budget: Budget | None = None) -> Floats:
+    """[L] bounds on the sum over all tokens of span, messages_alltoall or messages_coherent.
+
+    Layers that the budget does not reach are left to prices (`solvers.bounds.transport`).
+    """
     groups, tokens = Groups.ranks(problem), problem.tokens
     assert tokens is not None
     if figure != "span":
         problem = replace(problem, dispatch="coherent" if "coherent" in figure else "alltoall")
     found = np.zeros(problem.num_layers)
     for layer in range(problem.num_layers):
-        counts = _Counts.of(tokens[:, layer], problem.num_experts)
+        counts, hurried = _Counts.of(tokens[:, layer], problem.num_experts), has_ended(budget)
         if figure == "span":
-            span = _span(counts, groups, *pairs_kept(counts.pairs, groups))
+            span = _span(counts, groups, *pairs_kept(counts.pairs, groups, hurried))
             found[layer] = max(span, float(counts.tokens_using[1:].sum()))
         else:
-            found[layer] = _messages(problem, tokens, layer, counts, groups)
+            found[layer] = _messages(problem, layer, counts, groups, hurried)
     return found
 
 
@@ -127,35 +144,28 @@ class _Counts:
     @staticmethod
     def of(tokens: NDArray[np.integer], num_experts: int) -> _Counts:
         """Count the experts [T, K] of each token, -1 = unused."""
-        experts = tokens.astype(np.int64)
-        width = experts.shape[1]
-        used = (experts >= 0).sum(axis=1)
-        key = (used[:, None] * num_experts + experts)[experts >= 0]
-        wanted = np.bincount(key, minlength=(width + 1) * num_experts)
-        pairs = np.zeros(num_experts * num_experts)
-        for a in range(width):
-            for b in range(a + 1, width):
-                both = (experts[:, a] >= 0) & (experts[:, b] >= 0)
-                pair = experts[both, a] * num_experts + experts[both, b]
-                pairs += np.bincount(pair, minlength=pairs.size)
-        square = pairs.reshape(num_experts, num_experts)
-        return _Counts(
-            np.bincount(used, minlength=width + 1),
-            wanted.reshape(width + 1, num_experts),
-            square + square.T,
-        )
+        from solvers.bounds.traffic_kernels import count_pairs
+
+        width = tokens.shape[1]
+        using = np.zeros(width + 1, np.int64)
+        wanted = np.zeros((width + 1, num_experts), np.int64)
+        pairs = np.zeros((num_experts, num_experts))
+        count_pairs(np.ascontiguousarray(tokens), using, wanted, pairs)
+        return _Counts(using, wanted, pairs + pairs.T)
 
 
 def _messages(
-    problem: Problem, tokens: NDArray[np.integer], layer: int, counts: _Counts, groups: Groups
+    problem: Problem, layer: int, counts: _Counts, groups: Groups, hurried: bool
 ) -> float:
     """Messages between groups in one layer, all tokens."""
-    kept = pairs_kept(counts.pairs, groups)
+    tokens = problem.tokens
+    assert tokens is not None
+    kept = pairs_kept(counts.pairs, groups, hurried)
     span = _span(counts, groups, *kept)
     # a token with experts has a span of at least one, and at most one of its ranks is its home
     span_less_one = max(0.0, span - float(counts.tokens_using[1:].sum()))
     if problem.dispatch == "coherent" and layer > 0:
-        at_home = _pairs_after_primary(problem, tokens, layer, groups)
+        at_home = _pairs_after_primary(problem, tokens, layer, groups, hurried)
     elif problem.home is not None:
         home = problem.home.astype(np.int64) // groups.size
         at_home = _pairs_at_home(tokens[:, layer, :], home, problem.num_experts, groups)
@@ -206,12 +216,10 @@ def _pairs_at_home(
         experts: [T, K] of each token, -1 = unused.
         home: [T] its home.
     """
-    key = (home[:, None] * num_experts + experts)[experts >= 0]
-    wanted = (
-        np.bincount(key, minlength=groups.number * num_experts)
-        .reshape(groups.number, num_experts)
-        .astype(np.float64)
-    )
+    from solvers.bounds.traffic_kernels import count_choices
+
+    wanted = np.zeros((groups.number, num_experts))
+    count_choices(home, np.ascontiguousarray(experts), wanted)
     bound = float(largest(wanted, groups.capacity).sum())
     if groups.spare == 0:
         from solvers.assignment import assign
@@ -225,22 +233,22 @@ def _pairs_at_home(
 
 
 def _pairs_after_primary(
-    problem: Problem, tokens: NDArray[np.integer], layer: int, groups: Groups
+    problem: Problem, tokens: NDArray[np.integer], layer: int, groups: Groups, hurried: bool
 ) -> float:
     """Upper bound on the pairs that are served where the last layer's primary expert was."""
-    before, experts = tokens[:, layer - 1, :], tokens[:, layer, :].astype(np.int64)
+    from solvers.bounds.traffic_kernels import count_choices
+
+    before, experts = tokens[:, layer - 1, :], np.ascontiguousarray(tokens[:, layer, :])
     if problem.primary is None:
         primary = before[:, 0].astype(np.int64)
     else:
         primary = problem.primary[:, layer - 1].astype(np.int64)
         primary = np.where((before == primary[:, None]).any(axis=1), primary, -1)
-    moved = primary >= 0
-    elsewhere = float((experts[~moved] >= 0).sum())
-    num_experts = problem.num_experts
-    key = (primary[moved][:, None] * num_experts + experts[moved])[experts[moved] >= 0]
-    flow = np.bincount(key, minlength=num_experts**2).reshape(num_experts, -1).astype(np.float64)
+    elsewhere = float((experts[primary < 0] >= 0).sum())
+    flow = np.zeros((problem.num_experts, problem.num_experts))
+    count_choices(primary, experts, flow)
     if groups.spare == 0:
-        return elsewhere + transport_bound(flow, groups.capacity, groups.capacity)
+        return elsewhere + flow_kept(flow, groups, hurried)
     copies = min(groups.number * groups.size, 1 + groups.spare)
     return elsewhere + float(largest(flow, copies * groups.capacity).sum())
 

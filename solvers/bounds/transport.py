@@ -6,7 +6,15 @@ transport problem, which is integral (b-matching). With redundant slots only row
 expert with c copies to c times as many, and spare slots are shared out greedily, which is optimal
 since an expert's gains fall with every further copy.
 
-Complexity: one min-cost flow on E^2 arcs per layer. Source: placer.
+A budget that has ended leaves a layer to prices: for any u, v >= 0 of rows and columns, with limits
+r and c,
+
+    r x sum of u  +  c x sum of v  +  sum of max(w_ij - u_i - v_j, 0)
+
+is a bound too (duality), some tenths of a percent higher after three rounds that halve the distance
+to the best u for v, and to the best v for u.
+
+Complexity: one min-cost flow on E^2 arcs per layer, or O(E^2). Source: placer.
 """
 
 from __future__ import annotations
@@ -15,32 +23,35 @@ import numpy as np
 from numpy.typing import NDArray
 
 from solvers.bounds.groups import Groups
+from solvers.budget import Budget
 from solvers.problem import Problem
 
 Floats = NDArray[np.float64]
 ROUNDING = 1e-11  # relative; every bound is lowered by it
+_PRICE_ROUNDS = 3
 
 
-def kept_flow_bound(flow: Floats, problem: Problem) -> float:
+def kept_flow_bound(flow: Floats, problem: Problem, budget: Budget | None = None) -> float:
     """Upper bound on the flow [L-1, E, E] between layers that stays on its rank."""
     groups = Groups.ranks(problem)
-    return sum(flow_kept(layer_flow, groups) for layer_flow in flow) * (1 + ROUNDING)
+    kept = sum(flow_kept(layer_flow, groups, has_ended(budget)) for layer_flow in flow)
+    return kept * (1 + ROUNDING)
 
 
-def affinity_bound(problem: Problem) -> float | None:
+def affinity_bound(problem: Problem, budget: Budget | None = None) -> float | None:
     """Lower bound on the cross-rank fraction; None without affinity."""
     if problem.affinity is None or problem.num_layers < 2:
         return None
     total = float(problem.affinity.sum())
-    return share_cut(kept_flow_bound(problem.affinity, problem), total)
+    return share_cut(kept_flow_bound(problem.affinity, problem, budget), total)
 
 
-def coactivation_bound(problem: Problem) -> float | None:
+def coactivation_bound(problem: Problem, budget: Budget | None = None) -> float | None:
     """Lower bound on the share of co-activated pairs that is cut; None without co-activation."""
     if problem.coactivation is None:
         return None
     pairs = problem.coactivation * (1.0 - np.eye(problem.num_experts))
-    return share_cut(kept_pairs_bound(pairs, problem), float(pairs.sum()))
+    return share_cut(kept_pairs_bound(pairs, problem, budget), float(pairs.sum()))
 
 
 def share_cut(kept: float, total: float) -> float:
@@ -48,29 +59,40 @@ def share_cut(kept: float, total: float) -> float:
     return max(0.0, 1.0 - min(total, kept) / total - ROUNDING) if total > 0 else 0.0
 
 
-def kept_pairs_bound(pairs: Floats, problem: Problem) -> float:
+def kept_pairs_bound(pairs: Floats, problem: Problem, budget: Budget | None = None) -> float:
     """Upper bound on the pairs [L, E, E] of a layer's experts that share a rank, both ways."""
     groups = Groups.ranks(problem)
-    return sum(pairs_kept(together, groups)[1] for together in pairs) * (1 + ROUNDING)
+    kept = sum(pairs_kept(together, groups, has_ended(budget))[1] for together in pairs)
+    return kept * (1 + ROUNDING)
 
 
-def flow_kept(flow: Floats, groups: Groups) -> float:
+def has_ended(budget: Budget | None) -> bool:
+    """Whether the rest is left to prices."""
+    return budget is not None and budget.expired()
+
+
+def flow_kept(flow: Floats, groups: Groups, hurried: bool = False) -> float:
+    """Upper bound on the flow [E, E] between two layers within groups; `hurried`: by prices."""
     if groups.spare == 0:
-        return transport_bound(flow, groups.capacity, groups.capacity)
+        bound = price_bound if hurried else transport_bound
+        return bound(flow, groups.capacity, groups.capacity)
     # each copy of the row serves an equal share, next to at most `capacity` columns
     return float(largest(flow, groups.capacity).sum())
 
 
-def pairs_kept(pairs: Floats, groups: Groups) -> tuple[Floats, float]:
+def pairs_kept(pairs: Floats, groups: Groups, hurried: bool = False) -> tuple[Floats, float]:
     """Upper bounds on co-activated pairs within groups: [E] of each expert, and twice their number.
 
     Args:
         pairs: [E, E] tokens that chose both experts; the diagonal does not matter.
+        groups: ranks or nodes.
+        hurried: by prices.
     """
     pairs = pairs - np.diag(np.diag(pairs))
     partners = groups.capacity - 1
     if groups.spare == 0:
-        return largest(pairs, partners), transport_bound(pairs, partners, partners)
+        bound = price_bound if hurried else transport_bound
+        return largest(pairs, partners), bound(pairs, partners, partners)
     max_copies = min(groups.number * groups.size, 1 + groups.spare)
     largest_first = np.concatenate(
         (np.zeros((len(pairs), 1)), np.cumsum(-np.sort(-pairs, axis=1), axis=1)), axis=1
@@ -121,6 +143,34 @@ def transport_bound(weights: Floats, row_limit: int, column_limit: int) -> float
     if flow.solve() != flow.OPTIMAL:
         raise RuntimeError("the min-cost flow of a transport problem was not solved")
     return -float(flow.optimal_cost()) / scale
+
+
+def price_bound(weights: Floats, row_limit: int, column_limit: int) -> float:
+    """The same, by prices: cheaper, and a little higher."""
+    num_rows, num_columns = weights.shape
+    if min(row_limit, column_limit) <= 0:
+        return 0.0
+    if row_limit >= num_columns or column_limit >= num_rows:
+        return transport_bound(weights, row_limit, column_limit)
+
+    def of_rows(left: Floats) -> Floats:
+        """The prices that leave each row as many entries as its limit."""
+        found: Floats = np.partition(left, -row_limit - 1, axis=1)[:, -row_limit - 1]
+        return np.maximum(0.0, found)
+
+    def of_columns(left: Floats) -> Floats:
+        found: Floats = np.partition(left, -column_limit - 1, axis=0)[-column_limit - 1]
+        return np.maximum(0.0, found)
+
+    rows, columns = of_rows(weights) / 2, of_columns(weights) / 2
+    for _ in range(_PRICE_ROUNDS):
+        rows, columns = (
+            (rows + of_rows(weights - columns)) / 2,
+            (columns + of_columns(weights - rows[:, None])) / 2,
+        )
+    above = np.maximum(weights - rows[:, None] - columns, 0.0)
+    bound = row_limit * float(rows.sum()) + column_limit * float(columns.sum())
+    return (bound + float(above.sum())) * (1 + ROUNDING)
 
 
 def largest(weights: Floats, count: int) -> Floats:

@@ -19,7 +19,7 @@ from solver_cases import (
 )
 
 from solvers import Problem, bounds, solve
-from solvers.bounds.transport import transport_bound
+from solvers.bounds.transport import price_bound, transport_bound
 from solvers.check import check, objective
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -143,6 +143,13 @@ def test_transport_bounds_are_those_of_the_linear_program(seed, limits):
     bound = transport_bound(weights, *limits)
     assert bound == pytest.approx(-solved.fun, rel=1e-7)
     assert bound >= -solved.fun * (1 - 1e-12)
+
+
+@pytest.mark.parametrize("limits", [(1, 1), (2, 3), (5, 5), (40, 1), (1, 60), (0, 3)])
+def test_bounds_by_prices_are_little_above_those_of_the_transport_problem(limits):
+    weights = np.random.default_rng(1).exponential(1, (30, 30)) ** 2
+    exact, by_prices = transport_bound(weights, *limits), price_bound(weights, *limits)
+    assert exact * (1 - 1e-12) <= by_prices <= 1.05 * exact
 
 
 def test_integers_are_exact_for_fractions_and_never_less_than_the_weights():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import combinations, pairwise, permutations, product
 
@@ -99,7 +100,8 @@ def test_any_dual_point_proves_a_bound(seed, blocks):
     stars = stars[rng.random(56) < 0.3]
     multiplier = rng.exponential(1, len(stars)).astype(np.float32)
     cuts = Stars.of(stars, 3, 8, multiplier)
-    bound = evaluate(chain, dual, cuts, scale=rng.uniform(0.1, 10))
+    with ThreadPoolExecutor(1) as pool:
+        bound = evaluate(chain, dual, cuts, rng.uniform(0.1, 10), pool)
     for _ in range(20):
         ranks = rng.permuted(np.tile(np.repeat(np.arange(4), 2), (3, 1)), axis=1)
         assert kept(chain, ranks) <= bound

@@ -37,6 +37,20 @@ def columns_mean(problem, figure="span"):
     return total / (len(problem.tokens) * problem.num_layers)
 
 
+@settings(max_examples=20, deadline=None)
+@given(problems(max_experts=8, max_layers=2), SEEDS)
+def test_a_budget_that_has_ended_still_leaves_true_bounds_of_all_tokens(problem, seed):
+    ended = Budget()
+    ended.stop()
+    parts = check(problem, random_placement(problem, np.random.default_rng(seed)))
+    for figure in FIGURES:
+        hurried, exact = layer_bounds(problem, figure, ended), layer_bounds(problem, figure)
+        assert (hurried <= exact * (1 + 1e-9)).all()
+        value = parts[figure] * len(problem.tokens) * problem.num_layers
+        assert hurried.sum() <= value + 1e-9
+        assert figure != "span" or hurried.sum() >= (problem.tokens >= 0).any(axis=2).sum()
+
+
 @settings(max_examples=40, deadline=None)
 @given(problems(max_experts=8, max_layers=2), SEEDS)
 def test_no_bound_is_above_the_value_of_a_placement(problem, seed):
