@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +34,8 @@ AIM, LEAST_EXCESS = 0.97, 1e-3  # of what the cap allows above 1
 STEP = 3.0  # by which a price changes at most
 ROOTS = 2.0, 6.0
 FIRST_MOVE_PRICE = 0.3  # in shares of the tokens of a mean expert
-CHAIN_SHARE = 0.2
+CHAIN_SHARE = 0.2  # of a time limit
+ROUGHLY = 0.25  # of the usual effort on chains, where primary experts are not all of the traffic
 REWEIGHT = 8.0  # how strongly workloads that fare worse gain weight
 PLAIN_SHARE = 0.35  # of a time limit, where redundant slots are to be filled after it
 
@@ -399,26 +400,30 @@ def coherent_traffic(layers: Layers, placement: Sequence[Slots]) -> Floats:
 def chained(search: Search, *, nodes_first: bool = False) -> list[Slots] | None:
     """The placement that keeps most primary flow on its rank, where nothing else is asked.
 
-    With `nodes_first` most of it is kept on its node, and then on its rank within each node.
+    Where tokens use one expert a layer, that is all that traffic depends on. With `nodes_first` most of it is kept on its node, and then on its rank within each node.
     """
     problem = search.problem
     plain = problem.pinned is None and problem.rank_slots is None and problem.current is None
     flow = problem.primary_affinity
     if not plain or flow is None or problem.num_layers < 2:
         return None
-    rng = np.random.default_rng(search.seed)
-    budget = search.budget.part(CHAIN_SHARE)
+    assert problem.tokens is not None
+    effort = 1.0 if problem.tokens.shape[2] == 1 else ROUGHLY
+    kept = partial(
+        _kept, rng=np.random.default_rng(search.seed), budget=search.budget.part(CHAIN_SHARE),
+        share=effort,
+    )  # fmt: skip
     if not nodes_first:
-        ranks = _kept(flow, problem.num_ranks, rng, budget)
+        ranks = kept(flow, problem.num_ranks)
     else:
-        node = _kept(flow, problem.num_nodes, rng, budget)
+        node = kept(flow, problem.num_nodes)
         ranks = np.empty_like(node)
         for number in range(problem.num_nodes):
             here = [np.flatnonzero(row == number) for row in node]
             inside = np.stack(
                 [f[np.ix_(a, b)] for f, a, b in zip(flow, here[:-1], here[1:], strict=True)]
             )
-            within = _kept(inside, problem.ranks_per_node, rng, budget)
+            within = kept(inside, problem.ranks_per_node)
             for row, experts, rank in zip(ranks, here, within, strict=True):
                 row[experts] = number * problem.ranks_per_node + rank
     placement = []
@@ -432,15 +437,25 @@ def chained(search: Search, *, nodes_first: bool = False) -> list[Slots] | None:
 
 
 def _kept(
-    flow: NDArray[np.float64], groups: int, rng: np.random.Generator, budget: Budget
+    flow: NDArray[np.float64],
+    groups: int,
+    *,
+    rng: np.random.Generator,
+    budget: Budget,
+    share: float,
 ) -> NDArray[np.int64]:
-    """[L, E] group of each expert, all groups about as large, that keeps most flow."""
+    """[L, E] group of each expert, all groups about as large, that keeps most flow.
+
+    With a share of the usual effort.
+    """
     from solvers.chain import effort_for, keep_flow
 
     num_experts = flow.shape[1]
     sizes = np.array([part.size for part in np.array_split(np.arange(num_experts), groups)])
     effort = effort_for(len(flow) + 1, num_experts, groups)
     effort = replace(
-        effort, num_starts=max(2, effort.num_starts // 4), num_rounds=max(2, effort.num_rounds // 4)
+        effort,
+        num_starts=max(2, round(share * effort.num_starts)),
+        num_rounds=max(2, round(share * effort.num_rounds)),
     )
     return keep_flow(flow, sizes, rng, budget, effort)

@@ -485,3 +485,23 @@ def test_anneals_of_a_round_begin_from_what_was_there_before_it(monkeypatch):
     solvers.solve(problem_of(tokens, 16, 4, max_imbalance=1.01), "local_search")
     assert len(seen) == 2 * 5  # layers, in the rounds that go on from candidates
     assert all(len(sizes) == 1 for sizes in seen.values())
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_first_experts_alone_travel_no_more_than_in_exflow(seed):
+    """ExFlow's own setting: one expert a layer, coherent dispatch."""
+    num_tokens, num_layers, num_experts, liked = 600, 8, 24, 4
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, num_experts, (num_tokens, num_layers, 1))
+    for layer in range(1, num_layers):
+        follow = rng.integers(0, num_experts, (num_experts, liked))
+        after = follow[tokens[:, layer - 1, 0], rng.integers(0, liked, num_tokens)]
+        usual = rng.random(num_tokens) < 0.7
+        tokens[usual, layer, 0] = after[usual]
+    flow = np.zeros((num_layers - 1, num_experts, num_experts))
+    for layer in range(num_layers - 1):
+        np.add.at(flow[layer], (tokens[:, layer, 0], tokens[:, layer + 1, 0]), 1)
+    problem = problem_of(tokens, num_experts, 6, dispatch="coherent", affinity=flow,
+                         primary_affinity=flow, home=np.arange(num_tokens) % 6)  # fmt: skip
+    mine, theirs = (solvers.solve(problem, name) for name in ("local_search", "exflow_top1"))
+    assert mine.objective <= theirs.objective + 1e-9
