@@ -400,7 +400,8 @@ def coherent_traffic(layers: Layers, placement: Sequence[Slots]) -> Floats:
 def chained(search: Search, *, nodes_first: bool = False) -> list[Slots] | None:
     """The placement that keeps most primary flow on its rank, where nothing else is asked.
 
-    Where tokens use one expert a layer, that is all that traffic depends on. With `nodes_first` most of it is kept on its node, and then on its rank within each node.
+    Where tokens use one expert a layer, that is all that traffic depends on. With `nodes_first`
+    most of it is kept on its node, and then on its rank within each node.
     """
     problem = search.problem
     plain = problem.pinned is None and problem.rank_slots is None and problem.current is None

@@ -53,8 +53,9 @@ def prices(
 ) -> tuple[float, float, float]:
     """What the objective pays: node weight, us of a pair in an expert, us of a message.
 
-    A message carries a hidden state there and its result back over a rank's fast link; a message
-    between nodes costs as much more as the network is slower.
+    A message carries a hidden state there and its result back over a rank's fast link; under
+    coherent dispatch ways back are messages of their own. A message between nodes costs as much
+    more as the network is slower.
 
     Raises:
         UsageError: objective latency without a cluster, or without the model's dimensions.
@@ -86,7 +87,8 @@ def prices(
     assert model.hidden_size is not None
     assert model.expert_flops_per_token is not None
     assert cluster.flops is not None
-    message_us = 2 * model.hidden_size * ELEMENT_BYTES / (cluster.intra_node_gbps * 1e3)
+    states = 1 if settings.dispatch == "coherent" else 2
+    message_us = states * model.hidden_size * ELEMENT_BYTES / (cluster.intra_node_gbps * 1e3)
     return node_weight, model.expert_flops_per_token / cluster.flops * 1e6, message_us
 
 

@@ -142,6 +142,8 @@ def test_the_price_of_a_message_is_its_bytes_there_and_back():
     _, load_us, message_us = prices(settings, PRESETS["h100-nvl8"], dims)
     assert load_us == pytest.approx(1.0)  # 989 MFLOP at 989 TFLOP/s
     assert message_us == pytest.approx(2 * 1000 * 2 / 450e9 * 1e6)
+    coherent = replace(settings, dispatch="coherent")
+    assert prices(coherent, PRESETS["h100-nvl8"], dims)[2] == pytest.approx(message_us / 2)
 
 
 def test_a_plan_says_where_it_came_from(trace):
