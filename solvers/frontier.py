@@ -29,7 +29,7 @@ from solvers.result import RequestError, Result, Solution
 from solvers.selection import Caps
 from solvers.solving import PROOF_SHARE, capped_imbalance, ctrl_c_stops, result_of
 
-NUM_POINTS, NUM_ANNEALED = 20, 12  # of which prices candidates are sought at
+NUM_POINTS, NUM_ANNEALED = 30, 12  # of which prices candidates are sought at
 COHERENT_PRICES = (0.0, 0.3, 0.7, 1.5, 3.0, 6.0, 12.0, 25.0, 60.0)
 MOVE_TRIES = 5  # prices of a move at each price of imbalance, where moves are limited
 SEARCH = "local_search"
@@ -61,18 +61,21 @@ def frontier(problem: Problem, seed: int = 0, budget: Budget | None = None) -> l
         with stopping(layers.stop, budget):
             find = _coherent if layers.coupled else _separable
             placements = find(layers, seed, budget)
-    results = []
-    for placement in placements:
-        solution = Solution(np.stack(placement), termination=budget.termination())
-        results.append(result_of(problem, solution, SEARCH, seed, budget.elapsed(), bound))
-    return _undominated(results)
+    seconds, ended = budget.elapsed(), budget.termination()
+
+    def checked(placement: list[Slots]) -> Result:
+        solution = Solution(np.stack(placement), termination=ended)
+        return result_of(problem, solution, SEARCH, seed, seconds, bound)
+
+    with ThreadPoolExecutor(available_cores()) as executor:
+        return _undominated(list(executor.map(checked, placements)))
 
 
 def _separable(layers: Layers, seed: int, budget: Budget) -> list[list[Slots]]:
     problem = layers.problem
     limits = Caps(moves=problem.max_moves, slots=problem.slot_budget)
     search = local_search.Search(layers, seed, budget)
-    search.begin(0.0, True, local_search.ROUNDS * NUM_ANNEALED)
+    search.begin(0.0, True, NUM_ANNEALED)
 
     def caps(count: int) -> list[Caps]:
         """Spread over what is possible, denser where imbalance is low."""
@@ -81,7 +84,7 @@ def _separable(layers: Layers, seed: int, budget: Budget) -> list[list[Slots]]:
         return [replace(limits, imbalance=1 + float(value)) for value in above]
 
     for number in range(local_search.ROUNDS):
-        search.improve(caps(NUM_ANNEALED), warm=number > 0, around=(1.0,))
+        search.improve(caps(NUM_ANNEALED), warm=number > 0)
     return [search.placement(cap) for cap in caps(NUM_POINTS)]
 
 

@@ -46,6 +46,8 @@ LADDER_SHARE = 4  # times fewer proposals than a long anneal has
 ROUNDS = 3
 LENDERS = ("eplb_global", "tensorrt_llm_cooccurrence", "flashlb", "swift")
 AROUND = (1 / 1.6, 1.0, 1.6)
+# Proposals per expert below which anneals are short, and the step through the ladder then.
+SHORT, SPARSE = 60, 3
 PATIENCE = 2  # rounds without improvement after which even a longer time limit ends the search
 IMPROVEMENT = 2e-4
 WARM = 0.25  # of the first temperature, when an anneal goes on from a good placement
@@ -60,6 +62,7 @@ class Search:
     budget: Budget
     pools: list[list[Candidate]] = field(default_factory=list)
     rounds: int = 0
+    around: Sequence[float] = AROUND
 
     @property
     def problem(self) -> Problem:
@@ -72,12 +75,14 @@ class Search:
             return range(most, most + 1)
         return range(self.layers.fewest(layer), most + 1)
 
-    def begin(self, floor: float, capped: bool, improvements: int) -> None:
+    def begin(self, floor: float, capped: bool, caps: int = 1) -> None:
         """The starting placement of each layer, and a ladder of prices.
+
+        Where the time allows only short anneals, there are fewer of them, at fewer prices.
 
         Args:
             floor, capped: of imbalance: its least price, and whether a higher one may be wanted.
-            improvements: long anneals of each layer that will follow, if the time allows.
+            caps: how many will be searched for in each of the rounds that follow.
         """
         problem = self.problem
         uncapped = not capped and problem.num_workloads == 1
@@ -85,12 +90,18 @@ class Search:
         moves = [0.0]
         if problem.max_moves is not None:
             moves = [share * self.layers.token_share for share in MOVE_LADDER]
-        wanted = [self.layers.uniform_prices(mu, move) for mu in ladder for move in moves]
-        steps = len(wanted) / LADDER_SHARE + improvements
-        self.layers = paced(
-            self.layers, self.seed, self.budget, len(self.widths(0)) * steps,
-            len(self.widths(0)) * (len(wanted) + improvements),
-        )  # fmt: skip
+        around = AROUND if capped and caps == 1 else (1.0,)
+        for self.around, costs in ((around, ladder), ((1.0,), ladder[::SPARSE])):
+            wanted = [self.layers.uniform_prices(mu, move) for mu in costs for move in moves]
+            later = ROUNDS * caps * len(self.around)
+            widths = len(self.widths(0))
+            layers = paced(
+                self.layers, self.seed, self.budget,
+                widths * (len(wanted) / LADDER_SHARE + later), widths * (len(wanted) + later),
+            )  # fmt: skip
+            if layers.proposals >= SHORT * problem.num_experts:
+                break
+        self.layers = layers
         self.pools = [
             [self.layers.candidate(i, self.layers.start(i, w), w) for w in self.widths(i)]
             for i in range(problem.num_layers)
@@ -146,15 +157,13 @@ class Search:
             if found is not None:
                 self.pools[found[0]].append(found[1])
 
-    def improve(
-        self, caps: Sequence[Caps], *, warm: bool, around: Sequence[float] = AROUND
-    ) -> None:
+    def improve(self, caps: Sequence[Caps], *, warm: bool) -> None:
         """Anneal around the prices at which the candidates trade under each of the caps."""
         wanted: dict[Prices, None] = {}
         for cap in caps:
             settled = prices(self.pools, self.problem, cap)
             dear = sum(settled.imbalance) > cap.floor
-            wanted |= dict.fromkeys(settled.scaled(f) for f in (around if dear else (1.0,)))
+            wanted |= dict.fromkeys(settled.scaled(f) for f in (self.around if dear else (1.0,)))
         self.extend(list(wanted), self.layers.proposals, warm=warm)
 
     def placement(self, caps: Caps) -> list[Slots]:
@@ -171,7 +180,7 @@ def search_layers(layers: Layers, seed: int, budget: Budget, caps: Caps) -> list
     """The layers' best placements under the caps, see the module's docstring (alltoall)."""
     search = Search(layers, seed, budget)
     capped = caps != Caps(floor=caps.floor)
-    search.begin(caps.floor, capped, ROUNDS * (len(AROUND) if capped else 1))
+    search.begin(caps.floor, capped)
     for number in range(ROUNDS):
         search.improve([caps], warm=number > 0)
     best = search.placement(caps)

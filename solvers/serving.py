@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from solvers.compiling import compiled
+from solvers.compiling import compiled, compiled_lean
 from solvers.walking import copies_of, serve_token
 
 
@@ -41,17 +41,36 @@ def serve_layer(
         traffic: [workloads] float64, filled with the prices of all messages.
     """
     num_ranks = load.shape[1]
-    ranks_per_node = num_ranks // num_nodes
     copies, where = copies_of(slots, num_experts, num_ranks)
     load[:] = 0.0
     traffic[:] = 0.0
-    sent = np.zeros((num_ranks + 1, num_ranks), np.int64)  # by home; the last row: unknown
-    counted = np.full(num_ranks + 1, -1, np.int64)  # the batch that each row counts
-    used = np.zeros(num_ranks, np.int64)
-    used_node = np.zeros(num_nodes, np.int64)
-    served = np.zeros(experts.shape[1], np.int64)
+    _serve(
+        experts, copies, where, num_nodes, home, batch, scenario, workload, row_prices,
+        np.zeros((num_ranks + 1, num_ranks), np.int64), np.full(num_ranks + 1, -1, np.int64),
+        np.zeros(num_ranks, np.int64), np.zeros(num_nodes, np.int64),
+        np.zeros(experts.shape[1], np.int64), load, traffic,
+    )  # fmt: skip
+
+
+@compiled_lean
+def _serve(
+    experts: Any, copies: Any, where: Any, num_nodes: int, home: Any, batch: Any, scenario: Any,
+    workload: Any, row_prices: Any, sent: Any, counted: Any, used: Any, used_node: Any,
+    served: Any, load: Any, traffic: Any,
+) -> None:  # fmt: skip
+    """The loop of `serve_layer`.
+
+    Args:
+        copies, where: of `copies_of`.
+        sent: [G + 1, G] zeros: pairs by home, the last one unknown; counted: [G + 1] their batch.
+        used, used_node, served: [G], [N], [K] scratch.
+    """
+    num_ranks = used.size
+    ranks_per_node = num_ranks // num_nodes
+    by_node = row_prices.size > num_ranks
     for token in range(experts.shape[0]):
-        stamp = token + 1
+        # a stamp marks what a token uses, the next one what it has paid for
+        stamp = 2 * token + 1
         start = home[token]
         if counted[start] != batch[token]:
             sent[start, :] = 0
@@ -60,14 +79,20 @@ def serve_layer(
             experts[token], copies, where, start, sent[start], ranks_per_node, used, used_node,
             stamp, served,
         )  # fmt: skip
+        if start >= 0:  # nothing to pay there
+            used[start] = stamp + 1
+            used_node[start // ranks_per_node] = stamp + 1
+        price = 0.0
         for k in range(served.size):
-            if served[k] >= 0:
-                load[scenario[token], served[k]] += 1.0
-        for rank in range(num_ranks):
-            if used[rank] == stamp and rank != start:
-                traffic[workload[token]] += row_prices[rank]
-        if row_prices.size == num_ranks:
-            continue
-        for node in range(num_nodes):
-            if used_node[node] == stamp and (start < 0 or node != start // ranks_per_node):
-                traffic[workload[token]] += row_prices[num_ranks + node]
+            rank = served[k]
+            if rank < 0:
+                continue
+            load[scenario[token], rank] += 1.0
+            if used[rank] == stamp:
+                used[rank] = stamp + 1
+                price += row_prices[rank]
+            node = rank // ranks_per_node
+            if by_node and used_node[node] == stamp:
+                used_node[node] = stamp + 1
+                price += row_prices[num_ranks + node]
+        traffic[workload[token]] += price

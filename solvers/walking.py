@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from solvers.compiling import compiled
+from solvers.compiling import compiled, compiled_lean
 
 
 @compiled
@@ -33,7 +33,7 @@ def copies_of(slots: Any, num_experts: int, num_ranks: int) -> Any:
     return count, ranks
 
 
-@compiled
+@compiled_lean
 def serve_token(
     experts: Any,
     count: Any,
