@@ -146,7 +146,11 @@ class Filling:
         elif first:
             start, heat = favourite(self.visited[: len(self.search.visited)], prices), FIRST_HEAT
         last = self.run(prices, number, start.placement, heat)
-        found = [self.judged(placement) for placement in last]
+        found = [self.judged(last[-1])]
+        for placement in reversed(last[:-1]):
+            if self.budget.expired():
+                break
+            found.append(self.judged(placement))
         self.visited += found
         return favourite(found, prices)
 
@@ -201,7 +205,7 @@ class Filling:
         for sweep in range(SWEEPS):
             for parity in (0, 1):
                 if self.budget.expired():
-                    return [*ends, placement][-LAST_SWEEPS:]
+                    return [placement]
                 walk, bit = self.followed
                 _, served, homes = walk.along(placement)
                 served = self.relative(served)

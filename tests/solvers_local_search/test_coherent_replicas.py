@@ -261,6 +261,21 @@ def test_with_hardly_any_time_it_is_no_worse_than_what_it_borrows(monkeypatch):
     assert result.objective <= lent.objective + 1e-9
 
 
+def test_out_of_time_only_the_end_of_an_anneal_is_judged(monkeypatch):
+    problem = problem_of(topic_tokens(33, num_tokens=200), 16, 4, dispatch="coherent",
+                         home=np.arange(200) % 4, slots_per_rank=5)  # fmt: skip
+    filling = filling_of(problem)
+    start = filling.search.starts()
+    filling.visited = [filling.judged(start)]
+    monkeypatch.setattr(Filling, "run", lambda *_: [start] * 4)
+    prices = filling.layers.uniform_prices(1.0)
+    filling.improved(prices, 1, first=False)
+    assert len(filling.visited) == 5
+    filling.budget.stop()
+    filling.improved(prices, 2, first=False)
+    assert len(filling.visited) == 6
+
+
 def test_an_expert_that_everybody_uses_gets_copies():
     rng = np.random.default_rng(11)
     others = rng.integers(1, 16, (400, 2, 1))
