@@ -19,7 +19,7 @@ from solvers.bounds.curve import Curve
 from solvers.bounds.span import bounds_as_balanced
 from solvers.bounds.token_sets import TokenSets
 from solvers.bounds.traffic import layer_bounds
-from solvers.check import check
+from solvers.check import check, objective
 
 SEEDS = st.integers(0, 2**32 - 1)
 FIGURES = ("span", "messages_alltoall", "messages_coherent")
@@ -285,3 +285,20 @@ def test_a_search_that_is_cut_short_proves_nothing():
         steps += 1
     assert 1 < steps < 10
     assert columns.best == -np.inf
+
+
+@settings(max_examples=20, deadline=None)
+@given(SEEDS, st.sampled_from(["alltoall", "coherent"]))
+def test_messages_within_and_between_nodes_are_bounded_together(seed, dispatch):
+    rng = np.random.default_rng(seed)
+    tokens = np.argsort(rng.random((30, 2, 8)))[:, :, :2].astype(np.int16)
+    problem = replace(
+        make_problem(tokens, 8, 4, 2), ranks_per_node=2, node_weight=4.0, dispatch=dispatch
+    )
+    (bound,) = certify(problem, random_placement(problem, rng), Budget(), ["objective"])
+    alone = replace(problem, node_weight=0.0)
+    (messages,) = certify(alone, random_placement(problem, rng), Budget(), ["objective"])
+    assert bound.lower_bound > messages.lower_bound > 0
+    for _ in range(10):
+        parts = check(problem, random_placement(problem, rng))
+        assert bound.lower_bound <= objective(problem, parts) + 1e-9
