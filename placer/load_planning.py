@@ -22,6 +22,7 @@ from placer.planning import (
     check_solver,
     expert_groups,
     placement_of,
+    ranks_per_node,
     refuse_broken_cap,
     run_solver,
     slots_needed,
@@ -59,7 +60,7 @@ def plan_from_load(
         slots_per_rank=slots_needed(
             record.num_experts, settings.num_ranks, settings.slots_per_rank
         ),
-        ranks_per_node=settings.num_ranks // settings.num_nodes,
+        ranks_per_node=ranks_per_node(settings.num_ranks, settings.num_nodes),
         dispatch=settings.dispatch,
         objective="balance",
         max_imbalance=settings.max_imbalance,
@@ -223,8 +224,3 @@ def _refuse_what_needs_tokens(settings: Settings, name: str) -> None:
     }.items():
         if given:
             raise UsageError(f"{option} needs a trace; {name} is a load record", f"leave {option}")
-    if settings.num_ranks % settings.num_nodes:
-        raise UsageError(
-            f"{settings.num_nodes} nodes do not divide {settings.num_ranks} GPUs",
-            "every node holds the same number of GPUs",
-        )

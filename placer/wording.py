@@ -1,4 +1,4 @@
-"""Words that change with a number."""
+"""Numbers as people read them."""
 
 from __future__ import annotations
 
@@ -12,3 +12,11 @@ def counted(number: int, what: str, many: str = "") -> str:
         many: several of them; what + "s" unless it is said.
     """
     return f"{number:,} {what if number == 1 else many or what + 's'}"
+
+
+def sized(num_bytes: int) -> str:
+    """1.23 GB, 73.73 MB, 512 B."""
+    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if abs(num_bytes) >= scale:
+            return f"{num_bytes / scale:.2f} {unit}"
+    return f"{num_bytes} B"

@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
 
 
 def apply(
-    plan_path: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")],
+    plan_path: options.PlanFile,
     model: on_ranks.ModelFolder,
     prompts: on_ranks.PromptFiles = None,
     prompt: on_ranks.PromptTexts = None,

@@ -31,7 +31,7 @@ def register(app: typer.Typer) -> None:
 
 
 def bench(
-    plan_path: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")],
+    plan_path: options.PlanFile,
     model: on_ranks.ModelFolder,
     baseline: Annotated[
         list[str] | None,

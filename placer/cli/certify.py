@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,7 +15,7 @@ def register(app: typer.Typer) -> None:
 
 
 def certify(
-    plan_path: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")],
+    plan_path: options.PlanFile,
     trace: options.OneTrace,
     seconds: Annotated[
         float, typer.Option("--seconds", min=0.1, help="For all proofs together.")

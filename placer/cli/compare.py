@@ -26,9 +26,7 @@ def compare(
     nodes: options.Nodes = 1,
     slots_per_rank: options.SlotsPerRank = None,
     dispatch: options.Dispatch = options.DispatchName.alltoall,
-    objective: Annotated[
-        options.ObjectiveName, typer.Option("--objective", help="What to minimise.")
-    ] = options.ObjectiveName.traffic,
+    objective: options.Objective = options.ObjectiveName.traffic,
     max_imbalance: options.MaxImbalance = None,
     balance_over: options.BalanceOver = None,
     phase: options.Phase = None,

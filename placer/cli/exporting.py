@@ -16,7 +16,7 @@ def register(app: typer.Typer) -> None:
 
 
 def export(
-    plan_path: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")],
+    plan_path: options.PlanFile,
     engine_name: Annotated[
         str,
         typer.Option(

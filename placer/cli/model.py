@@ -33,9 +33,8 @@ def model(
     Ends with code 3 when it does not fit, and says by how much.
     """
     from placer.cluster import load_cluster
-    from placer.errors import UsageError
     from placer.models import check_memory, load_shape
-    from placer.planning import slots_needed
+    from placer.planning import ranks_per_node, slots_needed
     from placer.report.console import show
     from placer.report.models import model_table
 
@@ -48,11 +47,8 @@ def model(
         "memory": None,
     }
     if cluster is not None:
-        if gpus is not None and gpus % nodes:
-            raise UsageError(f"{nodes} nodes do not divide {gpus} GPUs")
-        where = load_cluster(
-            cluster, num_nodes=nodes, ranks_per_node=None if gpus is None else gpus // nodes
-        )
+        per_node = None if gpus is None else ranks_per_node(gpus, nodes)
+        where = load_cluster(cluster, num_nodes=nodes, ranks_per_node=per_node)
         slots = slots_needed(shape.num_experts, where.num_ranks, slots_per_rank)
         found = check_memory(shape, where, slots, kv_tokens=kv_tokens, reserve=reserve)
         document["memory"] = {

@@ -70,6 +70,20 @@ Traces = Annotated[
 OneTrace = Annotated[
     Path, typer.Argument(metavar="DIR", help="A trace: a folder, or an .npz file.")
 ]
+PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")]
+Baselines = Annotated[
+    list[str] | None,
+    typer.Option("--baseline", help="contiguous, or another plan file; may be repeated."),
+]
+AllRequests = Annotated[
+    bool,
+    typer.Option("--all-requests", help="Also those that the plan was fitted to; labelled."),
+]
+BatchTokens = Annotated[
+    int, typer.Option("--batch-tokens", min=1, help="Batch size where the trace has no steps.")
+]
+Objective = Annotated[ObjectiveName, typer.Option("--objective", help="What to minimise.")]
+SolverName = Annotated[str, typer.Option("--solver", help="auto, or a name from `placer doctor`.")]
 Gpus = Annotated[int, typer.Option("--gpus", min=1, help="Ranks of the expert-parallel group.")]
 Nodes = Annotated[int, typer.Option("--nodes", min=1, help="Hosts that the GPUs are spread over.")]
 SlotsPerRank = Annotated[

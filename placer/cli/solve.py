@@ -22,9 +22,7 @@ def solve(
     nodes: options.Nodes = 1,
     slots_per_rank: options.SlotsPerRank = None,
     dispatch: options.Dispatch = options.DispatchName.alltoall,
-    objective: Annotated[
-        options.ObjectiveName, typer.Option("--objective", help="What to minimise.")
-    ] = options.ObjectiveName.traffic,
+    objective: options.Objective = options.ObjectiveName.traffic,
     max_imbalance: options.MaxImbalance = None,
     balance_over: options.BalanceOver = None,
     robust: options.Robust = None,
@@ -41,9 +39,7 @@ def solve(
     start: options.Start = None,
     max_moves: options.MaxMoves = None,
     phase: options.Phase = None,
-    solver: Annotated[
-        str, typer.Option("--solver", help="auto, or a name from `placer doctor`.")
-    ] = "auto",
+    solver: options.SolverName = "auto",
     seed: options.Seed = 0,
     time_limit: options.TimeLimit = None,
     certify: options.Certify = None,

@@ -54,14 +54,10 @@ def sweep(
             "--batch-tokens", metavar="B,B,...", help="Tokens of a batch, mixed from all requests."
         ),
     ] = "256",
-    objective: Annotated[
-        options.ObjectiveName, typer.Option("--objective", help="What to minimise.")
-    ] = options.ObjectiveName.traffic,
+    objective: options.Objective = options.ObjectiveName.traffic,
     max_imbalance: options.MaxImbalance = None,
     phase: options.Phase = None,
-    solver: Annotated[
-        str, typer.Option("--solver", help="auto, or a name from `placer doctor`.")
-    ] = "auto",
+    solver: options.SolverName = "auto",
     seed: options.Seed = 0,
     time_limit: options.TimeLimit = None,
     holdout: options.Holdout = 0.5,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from placer.cluster.model import Cluster
 from placer.errors import InfeasibleError
+from placer.wording import sized
 
 
 def fits(
@@ -42,19 +43,14 @@ def fits(
     if free >= 0:
         return free
     most = max(0, (least - other_bytes) // slot_bytes)
-    rest = f" beside {gigabytes(other_bytes)} of {other}" if other_bytes else ""
+    rest = f" beside {sized(other_bytes)} of {other}" if other_bytes else ""
     is_common = least == cluster.memory_bytes
     which = f"a rank of {cluster.name}" if is_common else f"rank {rank} of {cluster.name}"
     raise InfeasibleError(
-        f"the experts of a rank take {gigabytes(experts_bytes)} ({num_layers} layers x "
-        f"{slots_per_rank} slots x {gigabytes(expert_bytes)}){rest}; {which} "
-        f"has {gigabytes(least)}: {gigabytes(-free)} too much",
+        f"the experts of a rank take {sized(experts_bytes)} ({num_layers} layers x "
+        f"{slots_per_rank} slots x {sized(expert_bytes)}){rest}; {which} "
+        f"has {sized(least)}: {sized(-free)} too much",
         f"at most {most} slots per rank fit; use more ranks or fewer slots per rank"
         if most
         else f"no slot fits beside {other}: keep less of it, or use ranks with more memory",
     )
-
-
-def gigabytes(number: int) -> str:
-    """Bytes as people read them; small amounts in MB."""
-    return f"{number / 1e9:.2f} GB" if number >= 10**9 else f"{number / 1e6:.2f} MB"

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from placer.cluster import Cluster, fits
-from placer.cluster.memory import gigabytes
 from placer.errors import InfeasibleError, UsageError
 from placer.models.shape import ModelShape
+from placer.wording import sized
 
 DEFAULT_RESERVE = 0.1
 
@@ -128,15 +128,15 @@ def check_memory(
     if shape.expert_bytes and found.memory_bytes and other > found.memory_bytes:
         raise InfeasibleError(
             f"all weights but the experts of {shape.name} take "
-            f"{gigabytes(found.other_bytes)} on every rank; a rank of {cluster.name} has "
-            f"{gigabytes(found.memory_bytes - found.reserved_bytes)} for them: "
-            f"{gigabytes(other - found.memory_bytes)} too much",
+            f"{sized(found.other_bytes)} on every rank; a rank of {cluster.name} has "
+            f"{sized(found.memory_bytes - found.reserved_bytes)} for them: "
+            f"{sized(other - found.memory_bytes)} too much",
             "placer models data-parallel attention, which every rank holds whole",
         )
-    parts = [f"{gigabytes(found.other_bytes)} of other weights"]
+    parts = [f"{sized(found.other_bytes)} of other weights"]
     if kv_tokens:
-        parts.append(f"{gigabytes(found.kv_bytes)} of KV ({kv_tokens:,} tokens)")
-    parts.append(f"{gigabytes(found.reserved_bytes)} reserved")
+        parts.append(f"{sized(found.kv_bytes)} of KV ({kv_tokens:,} tokens)")
+    parts.append(f"{sized(found.reserved_bytes)} reserved")
     fits(
         cluster,
         num_layers=shape.num_moe_layers,

@@ -16,7 +16,7 @@ from placer.planning.making import (
 )
 from placer.planning.parts import Parts, digest_of, judging_part, open_traces, split_sources
 from placer.planning.posing import build_problem, expert_groups, sample_tokens
-from placer.planning.pricing import cluster_of, prices, slots_needed
+from placer.planning.pricing import cluster_of, prices, ranks_per_node, slots_needed
 from placer.planning.settings import (
     CAPPED_SOLVERS,
     DEFAULT_MAX_IMBALANCE,
@@ -53,6 +53,7 @@ __all__ = [
     "placement_of",
     "plan_of_result",
     "prices",
+    "ranks_per_node",
     "refuse_broken_cap",
     "run_solver",
     "sample_tokens",

@@ -91,9 +91,11 @@ def judging_part(
         all_requests: also those that it was fitted to.
 
     Raises:
-        UsageError: the split cannot be made again: the trace's labels are others by now.
+        UsageError: another model's trace; or the split cannot be made again: the trace's labels are
+            others by now.
         PlacerError: no token is left.
     """
+    refuse_other_model(plan, source)
     provenance = plan.provenance
     inputs = {entry["fingerprint"]: entry for entry in provenance.get("inputs", [])}
     entry = inputs.get(source.fingerprint()) if inputs else None
@@ -118,6 +120,20 @@ def judging_part(
             "give the trace that the plan was made from, or --all-requests (in-sample)",
         )
     return part.filtered(requests=np.setdiff1d(part.request_ids(), fit)), "held-out"
+
+
+def refuse_other_model(plan: Plan, source: TraceSource) -> None:
+    """Raise UsageError where the trace has other layers or experts than the plan."""
+    layer_ids = tuple(np.unique(source.layer_ids).tolist())
+    placement = plan.placement
+    if layer_ids == plan.layer_ids and source.num_experts == placement.num_experts:
+        return
+    theirs, ours = (f"layer ids {ids[0]}..{ids[-1]}" for ids in (layer_ids, plan.layer_ids))
+    raise UsageError(
+        f"{source.name} has {len(layer_ids)} layers x {source.num_experts} experts ({theirs}), the "
+        f"plan {placement.num_layers} x {placement.num_experts} ({ours})",
+        "a plan can be judged only on a trace of its own model",
+    )
 
 
 def open_traces(paths: Sequence[Path]) -> list[TraceSource]:

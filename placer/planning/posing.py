@@ -21,6 +21,7 @@ from placer.planning.pricing import (
     prices,
     rank_slots,
     rank_speed,
+    ranks_per_node,
     refuse_too_little_memory,
     slots_needed,
 )
@@ -69,11 +70,7 @@ def build_problem(source: TraceSource, settings: Settings, progress: Progress) -
     from solvers import InfeasibleProblem, Problem
 
     source = one_row_per_layer(source)
-    if settings.num_ranks % settings.num_nodes:
-        raise UsageError(
-            f"{settings.num_nodes} nodes do not divide {settings.num_ranks} GPUs",
-            "every node holds the same number of GPUs",
-        )
+    per_node = ranks_per_node(settings.num_ranks, settings.num_nodes)
     slots = slots_needed(source.num_experts, settings.num_ranks, settings.slots_per_rank)
     cluster = cluster_of(settings)
     dims, _ = dims_for(settings.model, source)
@@ -94,7 +91,7 @@ def build_problem(source: TraceSource, settings: Settings, progress: Progress) -
             load=counts.load.astype(np.float64),
             num_ranks=settings.num_ranks,
             slots_per_rank=slots,
-            ranks_per_node=settings.num_ranks // settings.num_nodes,
+            ranks_per_node=per_node,
             coactivation=counts.coactivation.astype(np.float64),
             affinity=counts.affinity,
             primary_affinity=counts.primary_affinity.astype(np.float64),

@@ -13,6 +13,20 @@ from placer.trace.model import ModelDims
 ELEMENT_BYTES = 2  # of a hidden state in bfloat16
 
 
+def ranks_per_node(num_ranks: int, num_nodes: int) -> int:
+    """Ranks of each node.
+
+    Raises:
+        UsageError: they cannot be the same number on all.
+    """
+    if num_ranks % num_nodes:
+        raise UsageError(
+            f"{num_nodes} nodes do not divide {num_ranks} GPUs",
+            "every node holds the same number of GPUs",
+        )
+    return num_ranks // num_nodes
+
+
 def slots_needed(num_experts: int, num_ranks: int, slots_per_rank: int | None) -> int:
     """Slots per rank: what the user said, or the fewest that hold every expert.
 

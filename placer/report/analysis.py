@@ -9,7 +9,7 @@ from rich.console import RenderableType
 from rich.markup import escape
 
 from placer.report.sheet import Sheet
-from placer.report.tables import number, titled
+from placer.report.tables import number, titled, with_interval
 from placer.wording import counted
 
 BARS = " ▁▂▃▄▅▆▇█"
@@ -29,14 +29,6 @@ def sparkline(values: Sequence[float | None], low: float, high: float) -> str:
         "·" if value is None else BARS[1 + round(7 * min(max((value - low) / width, 0.0), 1.0))]
         for value in shown
     )
-
-
-def interval(entry: Mapping[str, Any], digits: int = 3) -> str:
-    """0.331 [0.323, 0.339]"""
-    if entry["value"] is None or entry["low"] is None:
-        return number(entry["value"], digits)
-    low, high = number(entry["low"], digits), number(entry["high"], digits)
-    return f"{number(entry['value'], digits)} [dim]\\[{low}, {high}][/]"
 
 
 def analysis_tables(document: Mapping[str, Any]) -> list[RenderableType]:
@@ -123,7 +115,7 @@ def _by_ranks(document: Mapping[str, Any]) -> list[RenderableType]:
                 if cluster is None
                 else (
                     number(cluster["kept_at_random"], 2),
-                    interval(cluster["kept"], 2),
+                    with_interval(cluster["kept"], 2),
                     number(cluster["kept_bound"], 2),
                 )
             ),
@@ -194,8 +186,8 @@ def _routing(routing: Mapping[str, Any]) -> list[RenderableType]:
     scaled = routing["scaled_affinity"]
     if scaled["by_load"] is not None and scaled["held_out"]["value"] is not None:
         lines.append(
-            f"scaled affinity (0 any next expert, 1 always one): {interval(scaled['held_out'])}; "
-            f"by load alone {number(scaled['by_load'])}"
+            "scaled affinity (0 any next expert, 1 always one): "
+            f"{with_interval(scaled['held_out'])}; by load alone {number(scaled['by_load'])}"
         )
     stability = routing["stability"]
     if stability is not None:
@@ -224,7 +216,7 @@ def _segments(routing: Mapping[str, Any]) -> list[RenderableType]:
         for entry in routing["segments"]:
             table.add_row(
                 str(entry["segment_tokens"]),
-                interval(entry["srp"]),
+                with_interval(entry["srp"]),
                 number(entry["srp_by_chance"]),
                 f"{number(entry['experts_kept'], 2)} x",
             )
@@ -241,8 +233,8 @@ def _segments(routing: Mapping[str, Any]) -> list[RenderableType]:
             table.add_row(
                 str(entry["cache_experts"]),
                 f"{number(entry['experts_per_token'], 1)} x",
-                interval(entry["sch"]),
-                interval(entry["lru"]),
+                with_interval(entry["sch"]),
+                with_interval(entry["lru"]),
             )
         parts += titled("a cache of experts per layer: hit rate", table)
     return parts
@@ -259,7 +251,7 @@ def _activation(routing: Mapping[str, Any]) -> list[RenderableType]:
     for entry in routing["activation"]:
         cells = [
             str(entry["batch_tokens"]),
-            interval(entry["activated"], 1),
+            with_interval(entry["activated"], 1),
             f"{entry['share']:.0%}",
             number(entry["independent"], 1),
             number(entry["tokens_per_expert"], 1),

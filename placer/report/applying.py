@@ -9,10 +9,9 @@ from rich.console import RenderableType
 from rich.markup import escape
 
 from placer.report.sheet import Sheet
-from placer.report.tables import titled
-from placer.wording import counted
+from placer.report.tables import LINKS, titled
+from placer.wording import counted, sized
 
-_LINKS = {"same_rank": "same rank", "same_node": "same node", "other_node": "other node"}
 _SHOWN = 10
 
 
@@ -34,9 +33,9 @@ def applied_lines(document: Mapping[str, Any]) -> list[RenderableType]:
             str(rank["rank"]),
             str(rank["node"]),
             f"{rank['experts']:,}",
-            megabytes(rank["share_bytes"]),
-            megabytes(rank["tensor_bytes"]),
-            "" if peak is None else megabytes(peak),
+            sized(rank["share_bytes"]),
+            sized(rank["tensor_bytes"]),
+            "" if peak is None else sized(peak),
             "" if peak is None else f"{peak / rank['share_bytes']:.2f}",
             f"{rank['load_seconds']:.1f} s",
         )
@@ -61,31 +60,26 @@ def dry_run_lines(document: Mapping[str, Any]) -> list[RenderableType]:
         table.add_column("to fetch", justify="right")
     for rank in document["ranks"]:
         row = [str(rank["rank"]), str(rank["node"]), f"{rank['experts']:,}"]
-        row.append(megabytes(rank["share_bytes"]))
+        row.append(sized(rank["share_bytes"]))
         if moves:
             row.append(f"{moves['moves_of_ranks'][rank['rank']]:,}")
         table.add_row(*row)
     head = f"{escape(document['plan'])} on {escape(document['model'])}, {document['dtype']}"
     caption = (
-        f"an expert has {megabytes(document['expert_bytes'])}, everything else "
-        f"{megabytes(document['other_bytes'])}; nothing was loaded"
+        f"an expert has {sized(document['expert_bytes'])}, everything else "
+        f"{sized(document['other_bytes'])}; nothing was loaded"
     )
     lines = titled(head, table, caption)
     if moves:
         lines.append(
             f"{counted(moves['moves'], 'copy', 'copies')} of experts to fetch, "
-            f"{megabytes(moves['bytes'])}: "
+            f"{sized(moves['bytes'])}: "
             f"{moves['moves_same_node']:,} from ranks of the same node, "
             f"{moves['moves_other_node']:,} from other nodes; {moves['kept']:,} stay, "
             f"{moves['dropped']:,} are dropped; the busiest rank fetches "
-            f"{megabytes(moves['most_bytes_of_a_rank'])}"
+            f"{sized(moves['most_bytes_of_a_rank'])}"
         )
     return lines
-
-
-def megabytes(number: int) -> str:
-    """Bytes as people read them."""
-    return f"{number / 1e9:.2f} GB" if number >= 10**9 else f"{number / 1e6:.2f} MB"
 
 
 def _dispatch(document: Mapping[str, Any]) -> str:
@@ -100,12 +94,12 @@ def _traffic(document: Mapping[str, Any]) -> list[RenderableType]:
     table.add_column("link")
     for name in ("messages", "hidden states", "routing", "keys and values"):
         table.add_column(name, justify="right")
-    for link, shown in _LINKS.items():
+    for link, shown in LINKS.items():
         table.add_row(
             shown,
             f"{sum(c['messages'][link] for c in counters):,}",
             *(
-                megabytes(sum(c[name][link] for c in counters))
+                sized(sum(c[name][link] for c in counters))
                 for name in ("hidden_bytes", "routing_bytes", "kv_bytes")
             ),
         )

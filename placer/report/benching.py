@@ -9,10 +9,9 @@ from rich.console import RenderableType
 from rich.markup import escape
 
 from placer.report.sheet import Sheet
-from placer.report.tables import titled
+from placer.report.tables import LINKS, titled
 from placer.wording import counted
 
-_LINKS = {"same_rank": "same rank", "same_node": "same node", "other_node": "other node"}
 _BY_LAYER = ("dispatch", "compute", "combine")
 _PREDICTED, _NONE = ("predicted", "error"), ("", "")
 _PARTS = (*_BY_LAYER, "context")
@@ -127,7 +126,7 @@ def _times(document: Mapping[str, Any]) -> list[RenderableType]:
 
 def _traffic(document: Mapping[str, Any]) -> list[RenderableType]:
     table = Sheet()
-    for name in ("placement", *(f"messages, {text}" for text in _LINKS.values()),
+    for name in ("placement", *(f"messages, {text}" for text in LINKS.values()),
                  "MB, same node", "MB, other node", "KV MB, other node", "imbalance",
                  "as replayed"):  # fmt: skip
         table.add_column(name, justify="left" if name == "placement" else "right")
@@ -136,7 +135,7 @@ def _traffic(document: Mapping[str, Any]) -> list[RenderableType]:
         exact = all(arm["exact"].values())
         table.add_row(
             escape(name),
-            *(f"{measured['messages'][link]:,}" for link in _LINKS),
+            *(f"{measured['messages'][link]:,}" for link in LINKS),
             *(f"{measured['hidden_bytes'][link] / 1e6:.3f}" for link in ("same_node",
                                                                         "other_node")),
             f"{measured['kv_bytes']['other_node'] / 1e6:.3f}",

@@ -9,6 +9,7 @@ from rich.console import RenderableType
 from rich.markup import escape
 
 from placer.report.sheet import Sheet
+from placer.wording import sized
 
 
 def model_table(document: Mapping[str, Any]) -> list[RenderableType]:
@@ -24,10 +25,10 @@ def model_table(document: Mapping[str, Any]) -> list[RenderableType]:
         "hidden size": f"{document['hidden_size']:,}",
         "parameters": f"{count(document['total_params'])}, "
         f"{count(document['other_params'])} of them outside the experts",
-        "one expert": f"{size(document['expert_bytes'])}, "
+        "one expert": f"{_known(document['expert_bytes'])}, "
         f"{count(document['expert_params'])} weights",
-        "other weights": size(document["other_bytes"]),
-        "KV of a token": size(document["kv_bytes_per_token"]),
+        "other weights": _known(document["other_bytes"]),
+        "KV of a token": _known(document["kv_bytes_per_token"]),
         "source": document["source"],
     }
     for name, fact in facts.items():
@@ -42,16 +43,16 @@ def model_table(document: Mapping[str, Any]) -> list[RenderableType]:
 def memory_line(memory: Mapping[str, Any]) -> str:
     """What a rank holds, in one line."""
     parts = [
-        f"experts {size(memory['experts_bytes'])} ({memory['slots_per_rank']} slots per layer, "
-        f"replicas {size(memory['replicas_bytes'])})",
-        f"other weights {size(memory['other_bytes'])}",
-        f"KV of {memory['kv_tokens']:,} tokens {size(memory['kv_bytes'])}",
-        f"reserved {size(memory['reserved_bytes'])}",
+        f"experts {sized(memory['experts_bytes'])} ({memory['slots_per_rank']} slots per layer, "
+        f"replicas {sized(memory['replicas_bytes'])})",
+        f"other weights {sized(memory['other_bytes'])}",
+        f"KV of {memory['kv_tokens']:,} tokens {sized(memory['kv_bytes'])}",
+        f"reserved {sized(memory['reserved_bytes'])}",
     ]
     room = (
         "the memory of a rank is unknown"
         if memory["free_bytes"] is None
-        else f"{size(memory['free_bytes'])} of {size(memory['memory_bytes'])} stay free"
+        else f"{sized(memory['free_bytes'])} of {sized(memory['memory_bytes'])} stay free"
     )
     return (
         f"modelled, on each of {memory['num_ranks']} ranks of {escape(memory['cluster'])}: "
@@ -67,11 +68,5 @@ def count(number: int) -> str:
     return f"{number:,}"
 
 
-def size(number: int | None) -> str:
-    """Bytes as people read them."""
-    if number is None:
-        return "unknown"
-    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if abs(number) >= scale:
-            return f"{number / scale:.2f} {unit}"
-    return f"{number} B"
+def _known(num_bytes: int | None) -> str:
+    return "unknown" if num_bytes is None else sized(num_bytes)

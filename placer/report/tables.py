@@ -34,6 +34,7 @@ NAMES = SHORT | {
     "cross_rank_fraction_per_token": "cross-rank fraction, per token",
     "cross_node_fraction_per_token": "cross-node fraction, per token",
 }
+LINKS = {"same_rank": "same rank", "same_node": "same node", "other_node": "other node"}
 NODE_FIGURES = (
     "node_span",
     "node_messages_alltoall",
@@ -60,11 +61,12 @@ def number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def with_interval(entry: Mapping[str, Any]) -> str:
+def with_interval(entry: Mapping[str, Any], digits: int = 3) -> str:
     """1.234 [1.2, 1.3]"""
+    value = number(entry["value"], digits)
     if entry["value"] is None or entry["low"] is None:
-        return number(entry["value"])
-    return f"{entry['value']:.3f} [dim]\\[{entry['low']:.3f}, {entry['high']:.3f}][/]"
+        return value
+    return f"{value} [dim]\\[{number(entry['low'], digits)}, {number(entry['high'], digits)}][/]"
 
 
 def change_text(entry: Mapping[str, Any], better: str) -> str:

@@ -21,19 +21,10 @@ class FilteredSource(TraceSource):
     def __init__(
         self, parent: TraceSource, *, phase: int | None, requests: NDArray[np.integer] | None
     ) -> None:
-        self.path = parent.path
+        self._resemble(parent)
         self._parent = parent
         self._phase = phase
         self._requests = requests
-        self.num_experts = parent.num_experts
-        self.layer_ids = parent.layer_ids
-        self.top_k = parent.top_k
-        self.model = parent.model
-        self.has_weights = parent.has_weights
-        self.has_step = parent.has_step
-        self.has_home = parent.has_home
-        self.complete = parent.complete
-        self.warnings = parent.warnings
         phases = np.zeros(len(PHASE_NAMES), np.int64)
         self.num_tokens = 0
         for part in parent.token_columns(["request", "phase"]):

@@ -46,6 +46,7 @@ class _FoldedSource(TraceSource):
     """Rounds as tokens: token t becomes tokens N t .. N t + N - 1, one for each round."""
 
     def __init__(self, parent: TraceSource) -> None:
+        self._resemble(parent)
         self._parent = parent
         self.layer_ids, layer, rounds = np.unique(
             parent.layer_ids, return_inverse=True, return_counts=True
@@ -54,16 +55,7 @@ class _FoldedSource(TraceSource):
         self._layer = layer
         self._round = np.arange(layer.size) - first[layer]
         self._num_rounds = int(rounds.max())
-        self.path = parent.path
-        self.num_experts = parent.num_experts
-        self.top_k = parent.top_k
         self.num_tokens = parent.num_tokens * self._num_rounds
-        self.model = parent.model
-        self.has_weights = parent.has_weights
-        self.has_step = parent.has_step
-        self.has_home = parent.has_home
-        self.complete = parent.complete
-        self.warnings = parent.warnings
 
     def chunks(
         self, max_tokens: int = CHUNK_TOKENS, *, with_weights: bool = True

@@ -56,6 +56,12 @@ class TraceSource(ABC):
         """What messages call this trace."""
         return "the trace" if self.path is None else str(self.path)
 
+    def _resemble(self, parent: TraceSource) -> None:
+        """Take over what a view of another trace shares with it: all but the tokens."""
+        for name in ("path", "num_experts", "layer_ids", "top_k", "model", "has_weights",
+                     "has_step", "has_home", "complete", "warnings"):  # fmt: skip
+            setattr(self, name, getattr(parent, name))
+
     @abstractmethod
     def chunks(
         self, max_tokens: int = CHUNK_TOKENS, *, with_weights: bool = True
