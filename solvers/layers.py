@@ -21,6 +21,9 @@ STEERING, MOST_STEERING = 0.47, 6.0
 # Times as many proposals as usual; benchmarks raise it to see what they would bring.
 EFFORT = 1
 
+# The last of an anneal's heat, and from how many proposals for each pair of slots it is which.
+COLD, LUKEWARM, OFTEN = 1 / 100, 1 / 20, 4
+
 Words = NDArray[np.uint64]
 Slots = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -481,13 +484,15 @@ def anneal(
     proposals: int,
     seed: Sequence[int],
     hot: float = 1.0,
-    cold: float = 1.0 / 20,
+    cold: float | None = None,
     neighbours: tuple[Slots | None, Slots | None] = (None, None),
 ) -> Slots:
     """A copy of `slots`, annealed from hot to cold times the layer's own heat.
 
     Args:
         width: slots per rank that may be filled.
+        cold: by default by how often each pair of slots is proposed: few proposals had better end
+            in a descent, many pay longer where it is lukewarm.
         neighbours: slots of the layers before and after, where they matter (coherent dispatch).
     """
     from solvers.anneal import anneal_layer
@@ -496,6 +501,9 @@ def anneal(
     bits = layers.bits[layer]
     result = slots.copy()
     heat = layers.heat_at(prices)
+    if cold is None:
+        often = proposals / (slots.size**2 / 2) >= OFTEN
+        cold = LUKEWARM if often else COLD
     common = (
         bits, layers.segments, layers.token_prices(prices), layers.groups, layers.row_prices,
         layers.loads[layer], layers.load_prices(prices), layers.problem.fair_share,
