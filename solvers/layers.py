@@ -166,6 +166,12 @@ class Layers:
         nodes = problem.num_nodes > 1 and problem.node_weight > 0 and problem.link_cost is None
         return np.array([problem.num_ranks, problem.num_nodes][: 1 + nodes], np.int64)
 
+    @property
+    def counts_homes(self) -> bool:
+        """Whether traffic counts each rank that a token uses, also where that is its home."""
+        exact = self.problem.link_cost is not None or self.replicates
+        return not self.coupled and (self.problem.home is None or not exact)
+
     @cached_property
     def row_prices(self) -> Floats:
         """[sum of groups] what a message to each rank costs, and to each node.

@@ -210,6 +210,8 @@ def caps_of(problem: Problem, layers: Layers) -> Caps:
         assert problem.tokens is not None
         used = float((problem.tokens >= 0).sum(axis=2).mean())
         floor = problem.latency_load_us * used / max(problem.latency_message_us, 1e-12)
+        if layers.counts_homes and problem.num_ranks > 1:  # one of so many costs nothing
+            floor /= 1 - 1 / problem.num_ranks
     return Caps(problem.max_imbalance, floor, problem.max_moves, problem.slot_budget)
 
 

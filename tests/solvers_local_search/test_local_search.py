@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -150,6 +151,22 @@ def test_latency_weighs_load_against_messages():
     )
     assert cheap_links.parts["imbalance"] < dear_links.parts["imbalance"]
     assert dear_links.parts["messages_alltoall"] < cheap_links.parts["messages_alltoall"]
+
+
+@pytest.mark.parametrize("seed", [3, 5, 8, 35])
+def test_the_least_latency_is_found_where_half_of_the_experts_are_at_home(seed):
+    """On two ranks, every placement of eight experts tried."""
+    tokens = topic_tokens(seed, 120, num_layers=1, num_experts=8, top_k=2, num_topics=3)
+    cost = float(np.random.default_rng(seed).uniform(0.2, 1.0))
+    problem = problem_of(
+        tokens, 8, 2, objective="latency", latency_load_us=cost, latency_message_us=1.0
+    )
+    placements = [
+        np.array([[*first, *sorted(set(range(8)) - set(first))]])
+        for first in combinations(range(8), 4)
+    ]
+    least = min(check.objective(problem, check.check(problem, p)) for p in placements)
+    assert solvers.solve(problem, "local_search").objective == pytest.approx(least)
 
 
 @pytest.mark.parametrize("dispatch", ["alltoall", "coherent"])
