@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import traceback
 from typing import Annotated, Any
@@ -72,6 +73,12 @@ def root(
     """
 
 
+def unwrapped(docstring: str) -> str:
+    """Each paragraph on one line: the terminal's width breaks it, not that of the source."""
+    paragraphs = docstring.split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
 def _register() -> None:
     from placer.cli import (
         analyze,
@@ -98,6 +105,9 @@ def _register() -> None:
         reporting, exporting, applying, benching, model, calibrate, doctor,
     ):  # fmt: skip
         module.register(app)
+    for command in app.registered_commands:
+        assert command.callback is not None
+        command.help = unwrapped(inspect.getdoc(command.callback) or "")
 
 
 _register()

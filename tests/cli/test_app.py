@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import typer.main
 
@@ -43,3 +45,9 @@ def test_the_commands_of_the_design_are_there():
         "analyze", "compare", "demo", "doctor", "evaluate", "import", "inspect", "solve", "trace",
     }  # fmt: skip
     assert expected <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_wrapped_by_the_terminal_not_by_the_source(name):
+    written = inspect.getdoc(COMMANDS[name].callback).split("\n\n")
+    assert COMMANDS[name].help.split("\n\n") == [" ".join(text.split()) for text in written]
