@@ -29,6 +29,7 @@ from placer.planning import (
     versions,
 )
 from placer.trace.load import WHY_NO_AFFINITY, LoadRecord, read_load
+from placer.trace.split import check_holdout
 
 
 def plan_from_load(
@@ -195,8 +196,7 @@ def _divide(
     """[B', L, E] windows to fit to and windows that judge (the same when in-sample)."""
     if settings.in_sample:
         return record.load, record.load
-    if not 0 < settings.holdout < 1:
-        raise UsageError(f"holdout is {settings.holdout}, expected a share above 0 and below 1")
+    check_holdout(settings.holdout)
     if record.num_windows < 2:
         raise UsageError(
             f"{name} holds one window of load; to judge a plan on load that it was not fitted to "

@@ -1,6 +1,9 @@
-"""Numbers as people read them."""
+"""Numbers and names as people read them."""
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 def counted(number: int, what: str, many: str = "") -> str:
@@ -20,3 +23,11 @@ def sized(num_bytes: int) -> str:
         if abs(num_bytes) >= scale:
             return f"{num_bytes / scale:.2f} {unit}"
     return f"{num_bytes} B"
+
+
+def among(name: str, known: Iterable[str], what: str = "there are") -> str:
+    """A hint for somebody who asked for an unknown name: the closest one, if any, and all."""
+    names = list(known)
+    close = difflib.get_close_matches(name.lower(), names, 1)
+    meant = f"did you mean {close[0]}? " if close else ""
+    return f"{meant}{what} {', '.join(names)}"

@@ -6,6 +6,7 @@ SCIP, and `exflow` alone is with the first of its back ends.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 import pkgutil
@@ -95,7 +96,10 @@ def get(name: str) -> Solver:
     _load_all()
     base, _, backend = name.partition(":")
     if base not in _SOLVERS:
-        raise RequestError(f"no solver is called {base!r}; there are {', '.join(sorted(_SOLVERS))}")
+        close = difflib.get_close_matches(base, _SOLVERS, 1)
+        meant = f"did you mean {close[0]}? " if close else ""
+        known = ", ".join(sorted(_SOLVERS))
+        raise RequestError(f"no solver is called {base!r}; {meant}there are {known}")
     solver = _SOLVERS[base]
     if base == name:
         return solver

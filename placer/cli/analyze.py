@@ -18,8 +18,10 @@ def register(app: typer.Typer) -> None:
 def analyze(
     traces: options.Traces,
     gpus: Annotated[
-        list[int] | None,
-        typer.Option("--gpus", min=1, help="Ranks to bound the gain for; may be repeated."),
+        list[str] | None,
+        typer.Option(
+            "--gpus", metavar="N,N,...", help="Ranks to bound the gain for; may be repeated."
+        ),
     ] = None,
     deep: Annotated[
         bool,
@@ -71,6 +73,7 @@ def analyze(
     from placer.studies.verdict import verdict
     from placer.trace.concat import concatenate
 
+    asked = [count for text in gpus or [] for count in options.numbers("--gpus", text, 1)]
     for path in (graphml, npz):
         if path is not None:
             check_output_file(path, force)
@@ -84,7 +87,7 @@ def analyze(
         progress("counting")
         analysis = analyse(source)
         counts = analysis.overall
-        ranks = gpus or [g for g in (8, 4, 16) if g < counts.num_experts]
+        ranks = asked or [g for g in (8, 4, 16) if g < counts.num_experts]
         if deep and not ranks:
             raise UsageError("--deep needs to know for how many ranks", "--gpus 2")
         document = {

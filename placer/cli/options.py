@@ -242,3 +242,16 @@ def parse_max_imbalance(text: str | None, objective: str, solver: str) -> float 
             f"--max-imbalance {text}: max / mean rank load is 1 or more", "for example 1.10"
         )
     return value
+
+
+def numbers(option: str, text: str, least: int) -> tuple[int, ...]:
+    """Whole numbers, separated by commas."""
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(
+            f"{option} {text!r} is not a list of whole numbers", f"for example {option} 4,8"
+        ) from None
+    if min(found) < least:
+        raise UsageError(f"{option} {text}: expected {least} or more")
+    return found

@@ -9,6 +9,7 @@ import typer
 
 from placer.cli import options
 from placer.errors import UsageError
+from placer.wording import among
 
 
 def register(app: typer.Typer) -> None:
@@ -92,12 +93,12 @@ def sweep(
         raise UsageError("--jobs and --ray: the cluster says how many plans are made at once")
     names = [name.value for name in options.DispatchName]
     grid = Grid(
-        num_ranks=numbers("--gpus", gpus, 1),
-        num_nodes=numbers("--nodes", nodes, 1),
-        spare_slots=numbers("--spare-slots", spare_slots, 0),
+        num_ranks=options.numbers("--gpus", gpus, 1),
+        num_nodes=options.numbers("--nodes", nodes, 1),
+        spare_slots=options.numbers("--spare-slots", spare_slots, 0),
         dispatch=words("--dispatch", dispatch, names),  # type: ignore[arg-type]
         clusters=words("--cluster", clusters),
-        batch_tokens=numbers("--batch-tokens", batch_tokens, 1),
+        batch_tokens=options.numbers("--batch-tokens", batch_tokens, 1),
     )
     check_solver(solver)
     settings = Settings(
@@ -131,25 +132,12 @@ def sweep(
     show(json_output, document, lambda: [*sweep_table(document), *_where(output, files)])
 
 
-def numbers(option: str, text: str, least: int) -> tuple[int, ...]:
-    """Whole numbers, separated by commas."""
-    try:
-        found = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(
-            f"{option} {text!r} is not a list of whole numbers", f"for example {option} 4,8"
-        ) from None
-    if min(found) < least:
-        raise UsageError(f"{option} {text}: expected {least} or more")
-    return found
-
-
 def words(option: str, text: str, known: list[str] | None = None) -> tuple[str, ...]:
     """Words, separated by commas."""
     found = tuple(part.strip() for part in text.split(","))
     unknown = [word for word in found if known is not None and word not in known]
     if unknown:
-        raise UsageError(f"{option} knows no {unknown[0]!r}", f"there are {', '.join(known or [])}")
+        raise UsageError(f"{option} knows no {unknown[0]!r}", among(unknown[0], known or []))
     return found
 
 

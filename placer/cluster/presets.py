@@ -7,6 +7,7 @@ from pathlib import Path
 from placer.cluster.files import read_cluster
 from placer.cluster.model import Cluster, Network
 from placer.errors import UsageError
+from placer.wording import among
 
 _ASSUMED = "latencies are assumed (no datasheet gives them): measure yours"
 
@@ -165,7 +166,7 @@ def load_cluster(
         if path.suffix != ".toml" and not path.is_file():
             raise UsageError(
                 f"{name_or_path} is neither a cluster preset nor a TOML file",
-                f"presets: {', '.join(PRESETS)}",
+                among(str(name_or_path), PRESETS, "presets:"),
             )
         cluster = read_cluster(path)
     return cluster.cut(num_nodes, ranks_per_node)

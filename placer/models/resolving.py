@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
 from placer.errors import UsageError
 from placer.models.presets import PRESETS
 from placer.models.shape import ModelShape
+from placer.wording import among
 
 
 def load_shape(name_or_folder: str | Path) -> ModelShape:
@@ -22,11 +22,9 @@ def load_shape(name_or_folder: str | Path) -> ModelShape:
         return preset
     folder = Path(name_or_folder)
     if not folder.is_dir():
-        close = difflib.get_close_matches(str(name_or_folder).lower(), PRESETS, 1)
-        hint = f"did you mean {close[0]}? " if close else ""
         raise UsageError(
             f"{name_or_folder} is neither a model preset nor a folder",
-            f"{hint}presets: {', '.join(PRESETS)}",
+            among(str(name_or_folder), PRESETS, "presets:"),
         )
     from placer.models.config import shape_of_folder
 

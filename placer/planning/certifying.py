@@ -13,6 +13,7 @@ from placer.planning.parts import judging_part
 from placer.planning.posing import build_problem
 from placer.planning.settings import Progress, Settings
 from placer.trace.source import TraceSource
+from placer.wording import among
 
 if TYPE_CHECKING:
     from solvers import Budget, Problem, Result
@@ -182,7 +183,7 @@ def certify_plan(
     unknown = sorted(set(figures or ()) - set(known_figures()))
     if unknown:
         raise UsageError(
-            f"no bound is known for {unknown[0]!r}", f"there are {', '.join(known_figures())}"
+            f"no bound is known for {unknown[0]!r}", among(unknown[0], known_figures())
         )
     _, scope = judging_part(source, plan, phase=phase, all_requests=True)
     placement = plan.placement

@@ -49,7 +49,10 @@ def split_sources(sources: Sequence[TraceSource], settings: Settings) -> Parts:
             "tokens": source.num_tokens,
         }
         if any(entry["fingerprint"] == other["fingerprint"] for other in inputs):
-            raise UsageError(f"{source.name} holds the same tokens as another trace given")
+            raise UsageError(
+                f"{source.name} holds the same tokens as another trace given",
+                "give each trace once: twice, its tokens would count double",
+            )
         inputs.append(entry)
         phased = source.filtered(phase=settings.phase)
         if settings.in_sample:

@@ -36,6 +36,12 @@ def slots_needed(num_experts: int, num_ranks: int, slots_per_rank: int | None) -
     """
     fewest = -(-num_experts // num_ranks)
     if slots_per_rank is None:
+        if num_ranks > num_experts:
+            raise UsageError(
+                f"{num_ranks} ranks are more than the {num_experts} experts: some would hold none",
+                f"--gpus {num_experts} or fewer; or --slots-per-rank 1, which fills the other "
+                f"{num_ranks - num_experts} slots with replicas or leaves them empty",
+            )
         if num_experts % num_ranks:
             raise UsageError(
                 f"{num_ranks} ranks do not divide {num_experts} experts",

@@ -25,6 +25,15 @@ class Split:
     held_out: NDArray[np.int64]
 
 
+def check_holdout(holdout: float) -> None:
+    """Raise UsageError where `holdout` is no share that leaves something on both sides."""
+    if not 0 < holdout < 1:
+        raise UsageError(
+            f"holdout is {holdout}, expected a share above 0 and below 1",
+            "for example --holdout 0.5: half of the requests judge the plan",
+        )
+
+
 def split_requests(
     request_ids: ArrayLike,
     *,
@@ -45,8 +54,7 @@ def split_requests(
         holdout: share of the requests that is held out, above 0 and below 1.
         labels: request id -> label; requests without one form a group of their own.
     """
-    if not 0 < holdout < 1:
-        raise UsageError(f"holdout is {holdout}, expected a share above 0 and below 1")
+    check_holdout(holdout)
     ids = np.unique(np.asarray(request_ids, np.int64))
     if ids.size < 2:
         raise UsageError(

@@ -79,6 +79,17 @@ def test_impossible_requests_are_refused(trace_folder, tmp_path):
         3, tmp_path, "analyze", trace_folder, "--gpus", 4, "--slots-per-rank", 3, "--deep"
     )
     fails(5, tmp_path, "analyze", tmp_path / "none", hint=True)
+    wrong = fails(2, tmp_path, "analyze", trace_folder, "--gpus", "4,x")
+    assert "--gpus '4,x' is not a list of whole numbers" in wrong
+
+
+def test_ranks_are_listed_by_commas_or_one_by_one(trace_folder):
+    found = [
+        succeeds("analyze", trace_folder, *ranks, "--json").document()["overall"]["headroom"]
+        for ranks in (("--gpus", "4,2"), ("--gpus", 4, "--gpus", 2))
+    ]
+    assert [entry["num_ranks"] for entry in found[0]] == [4, 2]
+    assert found[0] == found[1]
 
 
 def test_without_ranks_the_verdict_is_unknown():
