@@ -177,7 +177,8 @@ class Layers:
         """[sum of groups] what a message to each rank costs, and to each node.
 
         With `link_cost` a rank's price is the mean over the home ranks of the tokens; with coherent
-        dispatch, where tokens have no lasting home, over all the other ranks.
+        dispatch, where tokens have no lasting home, over all the other ranks. Where `counts_homes`,
+        prices are those of a message over the share of ranks that are not the home.
         """
         problem = self.problem
         if problem.link_cost is not None:
@@ -186,12 +187,22 @@ class Layers:
                 count = np.bincount(problem.home, minlength=problem.num_ranks)
                 share = count / count.sum()
             return np.ascontiguousarray(share @ problem.link_cost)
-        return np.repeat([1.0, problem.node_weight][: self.groups.size], self.groups)
+        node = problem.node_weight
+        if self.counts_homes and self.groups.size > 1:  # nodes are home more often than ranks
+            node *= (1 - 1 / problem.num_nodes) / (1 - 1 / problem.num_ranks)
+        return np.repeat([1.0, node][: self.groups.size], self.groups)
 
     @property
     def heat(self) -> float:
-        """First temperature: a fraction of what one swap can save, at the dearest rank."""
-        dearest = float(self.row_prices[: self.problem.num_ranks].max())
+        """First temperature: a fraction of what one swap can save, at the dearest rank.
+
+        And at its node, where layers matter for themselves and experts have one copy; elsewhere the
+        warmer start brings nothing.
+        """
+        split = self.problem.num_ranks
+        dearest = float(self.row_prices[:split].max())
+        if not self.coupled and not self.replicates:
+            dearest += float(self.row_prices[split:].max(initial=0.0))
         return 0.16 * self.token_share * dearest
 
     @cached_property

@@ -130,6 +130,45 @@ def test_two_nodes_are_told_apart():
     assert aware.objective < check.objective(problem, check.check(problem, flat.placement))
 
 
+def in_pairs(experts):
+    """Every way to put them on ranks of two slots and nodes of two ranks, but for names."""
+    if len(experts) <= 2:
+        return [experts]
+    first, *rest = experts
+    found = []
+    for others in combinations(rest, len(experts) // 2 - 1):
+        here, there = [first, *others], [e for e in rest if e not in others]
+        found += [one + other for one in in_pairs(here) for other in in_pairs(there)]
+    return found
+
+
+@pytest.mark.parametrize("seed", [13, 15, 19, 23])
+def test_the_least_traffic_of_two_nodes_is_found(seed):
+    """Of eight experts on four ranks, every placement tried."""
+    tokens = topic_tokens(seed, 80, num_layers=1, num_experts=8, top_k=2, num_topics=3)
+    weight = [1.0, 2.0, 4.0][seed % 3]
+    problem = problem_of(tokens, 8, 4, ranks_per_node=2, node_weight=weight)
+    least = min(
+        check.objective(problem, check.check(problem, np.array([placement])))
+        for placement in in_pairs(list(range(8)))
+    )
+    assert solvers.solve(problem, "local_search").objective == pytest.approx(least)
+
+
+@pytest.mark.parametrize("slots", [2, 3])
+def test_without_homes_a_candidate_is_worth_what_the_objective_says(slots):
+    rng = np.random.default_rng(slots)
+    tokens = random_tokens(rng, 100, 1, 8, 3, gaps=True)
+    problem = problem_of(tokens, 8, 4, slots_per_rank=slots, ranks_per_node=2, node_weight=3.0)
+    layers = prepare(problem)
+    rows = np.pad(rng.permutation(8).reshape(4, 2), ((0, 0), (0, slots - 2)), constant_values=-1)
+    if slots > 2:
+        rows[:, 2] = np.roll(rows[:, 0], 1)
+    candidate = layers.candidate(0, rows.reshape(-1), slots)
+    figures = check.check(problem, rows.reshape(1, -1))
+    assert candidate.traffic[0] * (1 - 1 / 4) == pytest.approx(check.objective(problem, figures))
+
+
 def test_balance_alone_reaches_the_even_load_that_exists():
     load = np.tile(np.array([9.0, 1, 8, 2, 7, 3, 6, 4]), (3, 1))
     problem = solvers.Problem(
