@@ -35,7 +35,7 @@ class Candidate:
 
     Attributes:
         slots: [S] expert of each slot, -1 = empty.
-        traffic: [workloads] messages per token, at their prices.
+        traffic: [workloads] messages per token, at their prices; see `Layers.counts_homes`.
         imbalance: [workloads] max / mean rank load, averaged over the workload's scenarios; with
             folds over what is left of the workload without each.
         moves: copies on ranks that did not hold them.

@@ -7,11 +7,14 @@ import pytest
 
 from solvers.anneal import SQUARE_SHARE, pack_bits
 from solvers.anneal_replicas import anneal_layer_replicas
-from solvers.copies import new_copies
+from solvers.check_serving import serve
+from solvers.copies import common_ranks, has_copy, move_copy, new_copies
 from solvers.layers import prepare
 from solvers.problem import Problem
 from solvers.replica_pricing import DAMPING, SWEEPS, fill_load
 from solvers.serving import serve_layer
+
+from .cases import random_tokens
 
 
 def met_from_scratch(where, users, single, num_ranks):
@@ -85,13 +88,16 @@ def figures_from_scratch(tokens, slots, relative, groups, weights, steering):
     return traffic / len(tokens), load
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(
+    ("num_experts", "num_ranks", "seed"),
+    [*((8, 4, seed) for seed in range(6)), (140, 70, 0)],  # masks of one word and of two
+)
 @pytest.mark.parametrize("num_nodes", [1, 2])
 @pytest.mark.parametrize(("proposals", "steering"), [(0, 1.0), (1, 1.0), (40, 6.0), (400, 2.0)])
 def test_the_running_figures_are_those_of_the_slots_that_come_back(
-    seed, num_nodes, proposals, steering
+    num_experts, num_ranks, seed, num_nodes, proposals, steering
 ):
-    num_experts, num_ranks, width = 8, 4, 3
+    width = 3
     rng = np.random.default_rng(seed)
     tokens = np.stack([rng.permutation(num_experts)[:3] for _ in range(90)]).astype(np.int64)
     tokens[:5] = -1
@@ -119,6 +125,85 @@ def test_the_running_figures_are_those_of_the_slots_that_come_back(
     assert best == pytest.approx(traffic + 0.7 * (load.max() + squares), abs=1e-6)
     if proposals == 400:
         assert (slots >= 0).sum() > num_experts  # replicas were worth it
+
+
+def placed_with_replicas(rng, num_experts, num_ranks, width):
+    """[G, slots] every expert once, then copies here and there."""
+    rows = np.full((num_ranks, width), -1, np.int64)
+    for place, expert in enumerate(rng.permutation(num_experts)):
+        rows[place % num_ranks, place // num_ranks] = expert
+    for rank, slot in np.argwhere(rows < 0):
+        expert = int(rng.integers(num_experts))
+        if expert not in rows[rank] and rng.random() < 0.8:
+            rows[rank, slot] = expert
+    return rows
+
+
+def held_by(rows, num_experts):
+    """[E, G] whether a rank holds an expert."""
+    return np.stack([(rows == expert).any(axis=1) for expert in range(num_experts)])
+
+
+@pytest.mark.parametrize("num_ranks", [1, 4, 64, 65, 130])
+def test_moves_of_copies_leave_what_a_count_of_the_slots_finds(num_ranks):
+    rng = np.random.default_rng(num_ranks)
+    num_experts, width = 2 * num_ranks, 3
+    rows = placed_with_replicas(rng, num_experts, num_ranks, width)
+    copies = new_copies(rows.reshape(-1), num_experts, num_ranks, num_ranks)
+    for _ in range(300):
+        rank, slot = rng.integers(num_ranks), rng.integers(width)
+        old, new = rows[rank, slot], rng.integers(-1, num_experts)
+        if new in rows[rank] or (old >= 0 and (rows == old).sum() == 1):
+            continue
+        move_copy(copies, old, rank, -1)
+        move_copy(copies, new, -1, rank)
+        rows[rank, slot] = new
+    held = held_by(rows, num_experts)
+    assert (copies.count == held.sum(axis=1)).all()
+    several = np.flatnonzero(held.sum(axis=1) > 1)
+    assert copies.listed[0] == several.size
+    assert copies.listed[1 : several.size + 1].tolist() == several.tolist()
+    for expert in range(num_experts):
+        ranks = np.flatnonzero(held[expert]).tolist()
+        assert sorted(copies.ranks[expert, : len(ranks)].tolist()) == ranks
+        assert [g for g in range(num_ranks) if has_copy(copies, expert, g)] == ranks
+        other = int(rng.integers(num_experts))
+        common = common_ranks(copies.mask[expert], copies.mask[other])
+        assert common == (held[expert] & held[other]).sum()
+
+
+@pytest.mark.parametrize("homes", ["known", "some", "unknown"])
+@pytest.mark.parametrize(("num_ranks", "num_nodes"), [(1, 1), (4, 2), (6, 3), (72, 2)])
+def test_serving_is_the_checkers_whether_or_not_homes_are_known(num_ranks, num_nodes, homes):
+    rng = np.random.default_rng(num_ranks)
+    num_experts, count = 9, 120
+    rows = placed_with_replicas(rng, num_experts, num_ranks, -(-num_experts // num_ranks) + 1)
+    tokens = random_tokens(rng, count, 1, num_experts, 3, gaps=True)[:, 0]
+    home = rng.integers(0, num_ranks, count)
+    if homes != "known":
+        home[: count if homes == "unknown" else count // 2] = -1
+        home = rng.permutation(home)
+    batch, scenario = np.arange(count) // 50, rng.integers(0, 2, count)
+    prices = rng.random(num_ranks + num_nodes)
+    load, traffic = np.zeros((2, num_ranks)), np.zeros(2)
+    serve_layer(
+        tokens, rows.reshape(-1), num_experts, num_nodes, home, batch, scenario, scenario, prices,
+        load, traffic,
+    )  # fmt: skip
+    shrink = num_ranks // num_nodes
+    served = serve(tokens, held_by(rows, num_experts), home, batch, shrink)
+    expected_load, expected = np.zeros((2, num_ranks)), np.zeros(2)
+    for row, start, part in zip(served.tolist(), home.tolist(), scenario, strict=True):
+        for rank in row:
+            if rank >= 0:
+                expected_load[part, rank] += 1
+        used = {rank for rank in row if rank >= 0}
+        nodes = {rank // shrink for rank in used}
+        if start >= 0:
+            used, nodes = used - {start}, nodes - {start // shrink}
+        expected[part] += prices[list(used)].sum() + prices[[num_ranks + n for n in nodes]].sum()
+    assert (load == expected_load).all()
+    assert traffic == pytest.approx(expected)
 
 
 def test_serving_without_replicas_is_the_span_less_the_home_rank():

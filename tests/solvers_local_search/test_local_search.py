@@ -14,7 +14,7 @@ import solvers
 from solvers import Budget, check
 from solvers.coherent import coherent_traffic, match_labels
 from solvers.layers import prepare
-from solvers.local_search import Search, local_search
+from solvers.local_search import LADDER, Search, local_search
 
 from .cases import group_of, groups_used, problem_of, random_tokens, topic_tokens
 
@@ -525,6 +525,23 @@ def test_a_placement_in_use_must_be_sound(change):
     current[2, change[0]] = change[1]
     with pytest.raises(ValueError, match="current"):
         problem_of(topic_tokens(25, num_tokens=10), 16, 4, current=current)
+
+
+@pytest.mark.parametrize(("per_expert", "number", "around"), [(100, 10, 3), (20, 4, 1)])
+def test_where_anneals_are_short_fewer_prices_are_tried(monkeypatch, per_expert, number, around):
+    problem = problem_of(topic_tokens(22, num_tokens=80), 16, 4, max_imbalance=1.1)
+    search = Search(prepare(problem), 0, Budget())
+    monkeypatch.setattr(
+        "solvers.local_search.paced",
+        lambda layers, *_: replace(layers, most_proposals=16 * per_expert),
+    )
+    tried = []
+    monkeypatch.setattr(search, "extend", lambda wanted, *_: tried.extend(wanted))
+    search.begin(0.0, True)
+    assert len(tried) == number
+    assert sum(tried[0].imbalance) == 0.0
+    assert sum(tried[-1].imbalance) == LADDER[-1]
+    assert len(search.around) == around
 
 
 def test_anneals_of_a_round_begin_from_what_was_there_before_it(monkeypatch):
