@@ -111,6 +111,7 @@ def run_demo(output: Path, *, seed: int, force: bool, progress: Progress) -> Dem
         batch_size=16,
         dtype="float32",  # several times faster than bfloat16 on most CPUs
         force=force,
+        progress=lambda state: progress(str(state)),
     )
     progress("analyzing the trace")
     source = open_traces([trace])[0]

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from placer.cli import options
-
-if TYPE_CHECKING:
-    from placer.tracer.run import Progress
 
 
 def register(app: typer.Typer) -> None:
@@ -78,13 +75,6 @@ def trace(
     asked = [prompt for path in prompts for prompt in read_prompts(path)]
     with progress_status() as progress:
         progress(f"loading {model}")
-
-        def report(state: Progress) -> None:
-            progress(
-                f"tracing: {state.num_prompts_done:,} of {state.num_prompts:,} prompts, "
-                f"{state.num_tokens:,} tokens"
-            )
-
         summary = trace_model(
             model,
             asked,
@@ -100,7 +90,7 @@ def trace(
             temperature=temperature,
             trust_remote_code=trust_remote_code,
             force=force,
-            progress=report,
+            progress=lambda state: progress(str(state)),
         )
     cut = ["interrupted: the trace holds what was traced until then"]
     show_warnings([*summary.notes, *(cut if summary.interrupted else [])])

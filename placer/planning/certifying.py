@@ -197,7 +197,7 @@ def certify_plan(
         balance_over="trace",
     )
     problem = build_problem(part, settings, progress)
-    progress("proving bounds")
+    progress(f"proving bounds for about {seconds:g} s; Ctrl-C keeps what is proven")
     slots = placement.physical_to_logical
     bounds = certify(problem, slots, Budget(seconds), figures, as_balanced=as_balanced)
     return Certificate(

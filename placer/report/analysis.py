@@ -99,33 +99,33 @@ def _by_ranks(document: Mapping[str, Any]) -> list[RenderableType]:
         return []
     clusters = {c["num_ranks"]: c for c in document.get("routing", {}).get("clusters", [])}
     table = Sheet()
-    for header in ("ranks", "imbalance", "bound", "span at random", "bound", "kept at random",
-                   "by groups", "bound"):  # fmt: skip
+    headers = ["ranks", "imbalance", "bound", "span at random", "bound"]
+    note = "bounds are proven on these tokens and loose; --deep says what is reached"
+    if clusters:
+        headers += ["kept at random", "by groups", "bound"]
+        note = (
+            "kept: share of co-activated pairs on one rank, by groups found on other requests\n"
+            + note
+        )
+    for header in headers:
         table.add_column(header)
     for entry in document["overall"]["headroom"]:
-        cluster = clusters.get(entry["num_ranks"])
-        table.add_row(
+        row = [
             str(entry["num_ranks"]),
             number(entry["imbalance_contiguous"]["mean"]),
             number(entry["imbalance_bound"]["mean"]),
             number(entry["span_random"]["mean"]),
             number(entry["span_bound"]["mean"]),
-            *(
-                ("–", "–", "–")
-                if cluster is None
-                else (
-                    number(cluster["kept_at_random"], 2),
-                    with_interval(cluster["kept"], 2),
-                    number(cluster["kept_bound"], 2),
-                )
-            ),
-        )
-    return titled(
-        "without replicas",
-        table,
-        "kept: share of co-activated pairs on one rank, by groups found on other requests\n"
-        "bounds are proven on these tokens and loose; --deep says what is reached",
-    )
+        ]
+        if entry["num_ranks"] in clusters:
+            cluster = clusters[entry["num_ranks"]]
+            row += [
+                number(cluster["kept_at_random"], 2),
+                with_interval(cluster["kept"], 2),
+                number(cluster["kept_bound"], 2),
+            ]
+        table.add_row(*row)
+    return titled("without replicas", table, note)
 
 
 def _labels(document: Mapping[str, Any]) -> list[RenderableType]:

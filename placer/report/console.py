@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from rich.console import Console, RenderableType
 from rich.markup import escape
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 FILE_WIDTH = 160  # of tables that go to a file or a pipe
 
@@ -56,10 +57,12 @@ def show_warnings(warnings: list[str]) -> None:
 
 @contextlib.contextmanager
 def progress_status() -> Iterator[Callable[[str], None]]:
-    """Say what is being done: a spinner on a terminal, nothing elsewhere."""
+    """On a terminal say what is being done, and the time since the start; nothing elsewhere."""
     console = stderr_console()
     if not console.is_terminal:
         yield lambda _: None
         return
-    with console.status("") as status:
-        yield lambda text: status.update(escape(text))
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        step = progress.add_task("starting")
+        yield lambda text: progress.update(step, description=escape(text))

@@ -53,6 +53,12 @@ class Progress:
     num_prompts: int
     num_tokens: int
 
+    def __str__(self) -> str:
+        return (
+            f"tracing: {self.num_prompts_done:,} of {self.num_prompts:,} prompts, "
+            f"{self.num_tokens:,} tokens"
+        )
+
 
 @contextlib.contextmanager
 def _closed_undisturbed(tracer: Tracer) -> Iterator[None]:

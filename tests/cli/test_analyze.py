@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+from rich.console import Console
 
+from placer.report.analysis import analysis_tables
 from placer.studies.verdict import verdict
 from placer.trace import write_npz
 from tests.conftest import topic_trace
@@ -29,6 +31,21 @@ def test_the_verdict_comes_first(trace_folder):
         assert title in outcome.stdout
     assert max(len(line.rstrip()) for line in lines) <= 100
     assert outcome.stderr == ""
+
+
+def test_what_was_not_computed_takes_no_columns(deep_document):
+    """The demo leaves the order of tokens out."""
+    shown = {}
+    for name, document in {"whole": deep_document, "demo": dict(deep_document)}.items():
+        if name == "demo":
+            del document["routing"]
+        with (console := Console(width=160)).capture() as captured:
+            for part in analysis_tables(document):
+                console.print(part)
+        shown[name] = captured.get().split("without replicas")[1].split("workloads")[0]
+    assert "by groups" in shown["whole"]
+    assert "kept" not in shown["demo"]
+    assert "–" not in shown["demo"]
 
 
 def test_deep_adds_plans_judged_on_held_out_requests(trace_folder, deep_document):
