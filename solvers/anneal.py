@@ -235,12 +235,11 @@ def stay_change(
 
 
 @compiled
-def count_bits(rows: Any) -> Any:
-    """Number of set bits of a [rows, W] table."""
+def count_bits(row: Any) -> Any:
+    """Number of set bits of a row [W]."""
     total = np.int64(0)
-    for row in range(rows.shape[0]):
-        for w in range(rows.shape[1]):
-            total += np.int64(popcount(rows[row, w]))
+    for w in range(row.size):
+        total += np.int64(popcount(row[w]))
     return total
 
 

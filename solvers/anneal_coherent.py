@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from solvers.anneal import SQUARE_SHARE, below, popcount, seeded, uniform
+from solvers.anneal import SQUARE_SHARE, below, count_bits, popcount, seeded, uniform
 from solvers.compiling import compiled
 
 
@@ -40,15 +40,6 @@ def both(first: Any, second: Any, segments: Any, token_prices: Any) -> Any:
             count += np.int64(popcount(one[w] & other[w]))
         total += token_prices[workload] * count
     return total
-
-
-@compiled
-def all_bits(row: Any) -> Any:
-    """Number of set bits of a row [W]."""
-    count = np.int64(0)
-    for w in range(row.size):
-        count += np.int64(popcount(row[w]))
-    return count
 
 
 @compiled
@@ -329,7 +320,7 @@ def anneal_layer_coherent(
     tokens = np.zeros(num_experts, np.int64)
     leaving = np.zeros((num_experts, num_ranks), np.float64)  # saved next, if the only copy is here
     for expert in range(num_experts):
-        tokens[expert] = all_bits(bits[expert])
+        tokens[expert] = count_bits(bits[expert])
         for rank in range(num_ranks):
             leaving[expert, rank] = saved_next(
                 primary_bits[expert], rank, gain, loss, row_prices, num_ranks, shrink, segments,

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from solvers.anneal import SQUARE_SHARE, below, popcount, seeded, uniform
+from solvers.anneal import SQUARE_SHARE, below, count_bits, seeded, uniform
 from solvers.compiling import compiled, compiled_lean
 from solvers.copies import common_ranks, has_copy, move_copy, new_copies
 from solvers.replica_pricing import (
@@ -91,8 +91,7 @@ def anneal_layer_replicas(
     copies = new_copies(slots, num_experts, num_ranks, most)
     tokens = np.zeros(num_experts, np.int64)
     for expert in range(num_experts):
-        for w in range(words):
-            tokens[expert] += np.int64(popcount(bits[expert, w]))
+        tokens[expert] = count_bits(bits[expert])
     row_of = np.zeros((levels, num_ranks), np.int64)
     base = 0
     for level in range(levels):

@@ -27,13 +27,8 @@ Floats = NDArray[np.float64]
 THREADS = 2
 _PROPOSALS = 300  # times E, of a search for a placement to start from
 _PRICES = (2.0, 8.0, 0.5, 0.0)  # of imbalance in these searches, in messages per token
-_CUTS = (
-    0.0,
-    0.5,
-    1.0,
-    2.0,
-    4.0,
-)  # of imbalance above the least one, in units of what the cap allows
+# Of imbalance above the least one, in units of what the cap allows.
+_CUTS = (0.0, 0.5, 1.0, 2.0, 4.0)
 _LEAST_WIDTH = 0.02  # of that unit
 _SEARCHES = 5  # of a layer, that an effort should suffice for
 _TOKEN_S, _PROPOSAL_S = 2.5e-7, 7e-7  # nominal: of counting a token-expert pair; of a proposal

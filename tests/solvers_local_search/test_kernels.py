@@ -224,7 +224,7 @@ def test_packed_bits_are_the_tokens_of_each_expert(data):
     for expert in range(6):
         assert (unpacked[expert].astype(bool) == (tokens == expert).any(axis=1)).all()
     assert not bits[6].any()
-    assert anneal.count_bits(bits) == (tokens >= 0).sum()
+    assert sum(anneal.count_bits(row) for row in bits) == (tokens >= 0).sum()
 
 
 def test_cover_counts_tokens_with_one_and_with_two_experts():
