@@ -31,6 +31,8 @@ def timing_table(document: Mapping[str, Any]) -> list[RenderableType]:
     for name, entry in rows.items():
         if entry["total_us"] is None:
             missing = ", ".join(entry["missing"]) or "no batches"
+            if "kv_bytes_per_token" in entry["missing"]:
+                missing += " (--model says it)"
             row = ["–"] * (len(headers) - 2)
             table.add_row(escape(name), *row, escape(f"unknown: {missing}"))
             continue

@@ -329,3 +329,9 @@ def test_options_of_the_step_time_need_a_cluster(trace_folder, plan_path, tmp_pa
         assert "needs a cluster" in fails(2, tmp_path, *base, *options)
     error = fails(2, tmp_path, *base, "--cluster", "h100-nvl8", "--model", "deepseek-v3")
     assert "58 MoE layers of 256 experts" in error
+
+
+def test_a_step_time_without_the_size_of_keys_and_values_names_the_option(plan_path, trace_folder):
+    asked = ("evaluate", plan_path, trace_folder, "--dispatch", "coherent", "--cluster")
+    shown = succeeds(*asked, "h100-nvl8").stdout
+    assert "unknown: kv_bytes_per_token (--model says it)" in shown
