@@ -194,16 +194,19 @@ class Layers:
 
     @property
     def heat(self) -> float:
-        """First temperature: a fraction of what one swap can save, at the dearest rank.
+        """First temperature: a fraction of what one swap can save, at the dearest rank."""
+        return 0.16 * self.token_share * float(self.row_prices[: self.problem.num_ranks].max())
 
-        And at its node, where layers matter for themselves and experts have one copy; elsewhere the
-        warmer start brings nothing.
+    @property
+    def node_heat(self) -> float:
+        """What the start is warmer by, for what a swap can save at the dearest node.
+
+        Where layers matter for themselves and experts have one copy; elsewhere it brings nothing.
         """
-        split = self.problem.num_ranks
-        dearest = float(self.row_prices[:split].max())
-        if not self.coupled and not self.replicates:
-            dearest += float(self.row_prices[split:].max(initial=0.0))
-        return 0.16 * self.token_share * dearest
+        if self.coupled or self.replicates:
+            return 0.0
+        nodes = self.row_prices[self.problem.num_ranks :]
+        return 0.16 * self.token_share * float(nodes.max(initial=0.0))
 
     @cached_property
     def token_share(self) -> float:
@@ -518,14 +521,16 @@ def anneal(
     bits = layers.bits[layer]
     result = slots.copy()
     heat = layers.heat_at(prices)
+    often = proposals / (slots.size**2 / 2) >= OFTEN
+    start = heat + (layers.node_heat if often else 0.0)
     if cold is None:
-        often = proposals / (slots.size**2 / 2) >= OFTEN
         cold = LUKEWARM if often else COLD
+    end = heat / start if start > 0 else 1.0
     common = (
         bits, layers.segments, layers.token_prices(prices), layers.groups, layers.row_prices,
         layers.loads[layer], layers.load_prices(prices), layers.problem.fair_share,
         layers.held(layer), prices.move, result, layers.free(layer, slots, width),
-        hot * heat, (cold / hot) ** (1.0 / proposals), proposals,
+        hot * start, (cold / hot * end) ** (1.0 / proposals), proposals,
         int(np.random.SeedSequence(list(seed)).generate_state(1)[0]),
     )  # fmt: skip
     if layers.replicates:
