@@ -244,6 +244,17 @@ def count_bits(row: Any) -> Any:
 
 
 @compiled
+def unevenness(load: Any, fair: Any) -> Any:
+    """Of relative rank loads [G]: max + SQUARE_SHARE x mean square, weighted by fair shares [G]."""
+    highest = 0.0
+    squares = 0.0
+    for rank in range(load.size):
+        squares += load[rank] * load[rank] * fair[rank] / load.size
+        highest = max(highest, load[rank])
+    return highest + SQUARE_SHARE * squares
+
+
+@compiled
 def anneal_layer(
     bits: Any,
     segments: Any,
@@ -333,13 +344,7 @@ def anneal_layer(
                 cost += move_price
     balance = 0.0
     for scenario in range(num_scenarios):
-        highest = 0.0
-        squares = 0.0
-        for rank in range(num_ranks):
-            load = rank_load[scenario, rank]
-            squares += load * load * fair[rank] / num_ranks
-            highest = max(highest, load)
-        balance += load_prices[scenario] * (highest + SQUARE_SHARE * squares)
+        balance += load_prices[scenario] * unevenness(rank_load[scenario], fair)
     cost += balance
     best = cost
     state = seeded(seed)

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from solvers.anneal import SQUARE_SHARE, below, count_bits, popcount, seeded, uniform
+from solvers.anneal import below, count_bits, popcount, seeded, unevenness, uniform
 from solvers.compiling import compiled
 
 
@@ -465,13 +465,9 @@ def anneal_layer_coherent(
             if step == 0:
                 for rank in range(num_ranks):
                     missed[scenario, rank] = served[scenario, rank] - rank_load[rank]
-            highest = 0.0
-            squares = 0.0
             for rank in range(num_ranks):
                 rank_load[rank] += missed[scenario, rank]
-                squares += rank_load[rank] * rank_load[rank] * fair[rank] / num_ranks
-                highest = max(highest, rank_load[rank])
-            new_cost += load_prices[scenario] * (highest + SQUARE_SHARE * squares)
+            new_cost += load_prices[scenario] * unevenness(rank_load, fair)
         if move_price != 0:
             for slot in range(num_slots):
                 if slots[slot] >= 0 and not held[slots[slot], slot // width]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from solvers.anneal import SQUARE_SHARE, below, count_bits, seeded, uniform
+from solvers.anneal import below, count_bits, seeded, unevenness, uniform
 from solvers.compiling import compiled, compiled_lean
 from solvers.copies import common_ranks, has_copy, move_copy, new_copies
 from solvers.replica_pricing import (
@@ -414,8 +414,7 @@ def measure_load(
     num_touched: int, steering: float,
 ) -> Any:  # fmt: skip
     """The price of the imbalance of all scenarios."""
-    num_ranks = layer.groups[0]
-    width = slots.size // num_ranks
+    width = slots.size // layer.groups[0]
     cost = 0.0
     for scenario in range(layer.loads.shape[0]):
         if layer.load_prices[scenario] == 0:
@@ -434,12 +433,7 @@ def measure_load(
             loads, single, layer.tokens, copies, figures.exclusive, layer.fair, steering,
             scratch.split, scratch.pull, load,
         )  # fmt: skip
-        highest = 0.0
-        squares = 0.0
-        for rank in range(num_ranks):
-            squares += load[rank] * load[rank] * layer.fair[rank] / num_ranks
-            highest = max(highest, load[rank])
-        cost += layer.load_prices[scenario] * (highest + SQUARE_SHARE * squares)
+        cost += layer.load_prices[scenario] * unevenness(load, layer.fair)
     return cost
 
 

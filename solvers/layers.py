@@ -195,7 +195,7 @@ class Layers:
     @property
     def heat(self) -> float:
         """First temperature: a fraction of what one swap can save, at the dearest rank."""
-        return 0.16 * self.token_share * float(self.row_prices[: self.problem.num_ranks].max())
+        return self._heat_of(self.row_prices[: self.problem.num_ranks])
 
     @property
     def node_heat(self) -> float:
@@ -205,8 +205,10 @@ class Layers:
         """
         if self.coupled or self.replicates:
             return 0.0
-        nodes = self.row_prices[self.problem.num_ranks :]
-        return 0.16 * self.token_share * float(nodes.max(initial=0.0))
+        return self._heat_of(self.row_prices[self.problem.num_ranks :])
+
+    def _heat_of(self, row_prices: Floats) -> float:
+        return 0.16 * self.token_share * float(row_prices.max(initial=0.0))
 
     @cached_property
     def token_share(self) -> float:
