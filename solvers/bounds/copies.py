@@ -72,8 +72,6 @@ _FIRST_PROOF, _RAREST_PROOF = 8, 15  # rounds
 
 def expected_proof_s(num_experts: int, size: int) -> float:
     """Nominal seconds that a branch and bound may take, by what was seen with real routing."""
-    if num_experts < size:
-        return 0.0
     number = comb(num_experts, size) * 2.0**size
     return float(_WORK * number**_GROWTH * PAIR_S)
 

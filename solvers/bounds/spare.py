@@ -32,11 +32,14 @@ def spare_total(
         cheap: [L] bounds on it, of all tokens of a layer.
 
     Returns:
-        None where nothing more than `cheap` is proven, or only at too much effort.
+        None where nothing more than `cheap` is proven, or only at too much effort; also where a
+        rank can hold every expert, so that no token needs a second rank and `cheap` is met.
     """
     tokens, num_layers, num_experts = problem.tokens, problem.num_layers, problem.num_experts
-    num_ranks, size = problem.num_ranks, min(problem.slots_per_rank, num_experts)
+    num_ranks, size = problem.num_ranks, problem.slots_per_rank
     if tokens is None or num_ranks == 1 or problem.num_slots == num_experts:
+        return None
+    if size >= num_experts:
         return None
     allowed = THREADS * budget.remaining()
     if budget.effort is not None:
@@ -57,7 +60,7 @@ def spare_total(
             if budget.expired() or not len(sets.weight):
                 return None
             layer_tokens = CopyTokens.of(sets, num_ranks, size, home is not None)
-            return Copies(layer_tokens, starts[layer][0][:, :size])
+            return Copies(layer_tokens, starts[layer][0])
 
         layers = list(pool.map(copies_of, range(num_layers)))
         share = (allowed - spent) / num_layers  # each its own: more effort proves no less

@@ -83,6 +83,21 @@ def test_bounds_come_close_to_optima(num_experts, num_ranks, slots, top_k, gap):
         assert (1 - gap) * best <= proven(problem, "messages_alltoall") <= best + 1e-9
 
 
+def test_nothing_is_searched_where_every_rank_can_hold_every_expert(monkeypatch):
+    def search(*_):
+        raise AssertionError("cheap bounds are met there")
+
+    monkeypatch.setattr("solvers.bounds.spare.annealed", search)
+    tokens = topic_tokens(2, num_tokens=80, num_layers=1, num_experts=4, num_topics=2)
+    for slots in (4, 6):
+        problem = make_problem(tokens, 4, 3, slots, home=np.arange(80) % 3)
+        best = solve(problem, "local_search", seed=0)
+        assert (best.parts["messages_alltoall"], best.parts["span"]) == (0.0, 1.0)
+        for figure in FIGURES:
+            assert proven(problem, figure) is None
+            assert layer_bounds(problem, figure).sum() / 80 == best.parts[figure]
+
+
 def test_copies_prove_far_more_than_room_for_pairs_does():
     tokens = topic_tokens(3, num_layers=1, num_experts=32, top_k=4, num_topics=8)
     problem = make_problem(tokens, 32, 8, 5, home=np.arange(600) % 8)
