@@ -13,6 +13,7 @@ from placer.planning import (
     CAPPED_SOLVERS,
     Progress,
     Settings,
+    Stopwatch,
     bounds_of_results,
     build_problem,
     check_solver,
@@ -46,7 +47,8 @@ def compare_solvers(
 
     Returns:
         A document: what was judged, and a row per solver with its metrics, its change against
-        contiguous, its gap and its seconds; a solver that failed has "error" instead. With a
+        contiguous, its gap and its seconds (without compiling, which `compile_s` has where it
+        took long); a solver that failed has "error" instead. With a
         cluster "step_time" has the modelled step time of each.
 
     Raises:
@@ -55,6 +57,7 @@ def compare_solvers(
     """
     import solvers
 
+    watch = Stopwatch()
     chosen = list(names or [name for name in solvers.names() if name != "auto"])
     for name in chosen:
         check_solver(name)
@@ -125,5 +128,6 @@ def compare_solvers(
         "seed": settings.seed,
         "rows": rows,
         "failed": failed,
+        **watch.compiling(),
         **timed,
     }

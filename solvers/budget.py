@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from solvers.clock import working_s
 from solvers.result import Termination
 
 
@@ -16,7 +16,7 @@ class Budget:
     """A wall-clock limit and a flag that Ctrl-C or another thread may set.
 
     A solver asks `expired()` between pieces of work of at most some 0.1 s and, once it says true,
-    returns the best placement that it has.
+    returns the best placement that it has. The clock stands still while kernels are compiled.
 
     Attributes:
         seconds: wall-clock limit from the moment of construction; None = none.
@@ -26,7 +26,7 @@ class Budget:
 
     seconds: float | None = None
     effort: float | None = None
-    _start: float = field(default_factory=time.monotonic)
+    _start: float = field(default_factory=working_s)
     _stop: threading.Event = field(default_factory=threading.Event)
 
     def stop(self) -> None:
@@ -44,8 +44,8 @@ class Budget:
         return max(0.0, self.seconds - self.elapsed())
 
     def elapsed(self) -> float:
-        """Seconds since construction."""
-        return time.monotonic() - self._start
+        """Seconds since construction, compiling aside."""
+        return working_s() - self._start
 
     def part(self, share: float) -> Budget:
         """A budget of a share of the remaining time; stopping one stops the other."""

@@ -6,6 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numba
+from numba.core import event
+
+from solvers.clock import COMPILE_CLOCK
 
 
 def compiled(function: Callable[..., Any]) -> Any:
@@ -22,9 +25,28 @@ def compiled_lean(function: Callable[..., Any]) -> Any:
     return _compiled(function, _nrt=False, forceinline=True)
 
 
-def _compiled(function: Callable[..., Any], **options: Any) -> Any:
+def compiled_for(signature: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Likewise, at once and for one signature only."""
+    return lambda function: _compiled(function, signature)
+
+
+def _compiled(function: Callable[..., Any], signature: Any = None, **options: Any) -> Any:
     options |= {"nogil": True, "error_model": "numpy"}
     try:
-        return numba.njit(cache=True, **options)(function)
+        return numba.njit(signature, cache=True, **options)(function)
     except RuntimeError:  # no writable folder for the cache
-        return numba.njit(**options)(function)
+        COMPILE_CLOCK.kept = False
+        return numba.njit(signature, **options)(function)
+
+
+class _ToTheClock(event.Listener):  # type: ignore[misc]
+    """Says when numba compiles; loading machine code from disk is no compiling."""
+
+    def on_start(self, event: Any) -> None:
+        COMPILE_CLOCK.begin()
+
+    def on_end(self, event: Any) -> None:
+        COMPILE_CLOCK.end()
+
+
+event.register("numba:compile", _ToTheClock())

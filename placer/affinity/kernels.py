@@ -8,13 +8,11 @@ Shape letters: L layers, E experts, T tokens, K experts per token.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import numba
 import numpy as np
 from numba import types
 from numpy.typing import NDArray
+
+from solvers.compiling import compiled_for
 
 SCALE = 12006225.0
 """Unit of the shares of tokens that use fewer than K experts: (3^2 * 5 * 7 * 11)^2.
@@ -31,19 +29,7 @@ _HISTOGRAM = types.Array(types.int64, 1, "C")
 _PART = types.Array(types.int64, 1, "C", readonly=True)
 
 
-def _compile(signature: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Compile for one signature; keep the machine code on disk where a folder can be written."""
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        try:
-            return numba.njit(signature, nogil=True, cache=True)(function)  # type: ignore[no-any-return]
-        except RuntimeError:  # no writable folder for the cache
-            return numba.njit(signature, nogil=True)(function)  # type: ignore[no-any-return]
-
-    return decorate
-
-
-@_compile(types.void(_IDS, types.int64, types.int64, _COUNTS, _HISTOGRAM))
+@compiled_for(types.void(_IDS, types.int64, types.int64, _COUNTS, _HISTOGRAM))
 def count_within(
     experts: NDArray[np.uint16],
     layer: int,
@@ -74,7 +60,9 @@ def count_within(
                 coactivation[row + np.uint64(experts[t, layer, j])] += np.uint32(1)
 
 
-@_compile(types.void(_IDS, _WEIGHTS, types.int64, types.int64, _COUNTS, _SHARES, _COUNTS, _COUNTS))
+@compiled_for(
+    types.void(_IDS, _WEIGHTS, types.int64, types.int64, _COUNTS, _SHARES, _COUNTS, _COUNTS)
+)
 def count_between(
     experts: NDArray[np.uint16],
     weights: NDArray[np.float32],
@@ -133,7 +121,7 @@ def count_between(
         primary_pairs[row + np.uint64(experts[t, following, primary_next])] += np.uint32(1)
 
 
-@_compile(
+@compiled_for(
     types.void(_IDS, _PART, types.Array(types.int64, 3, "C"), types.Array(types.int64, 2, "C"))
 )
 def count_parts(

@@ -25,6 +25,7 @@ from placer.planning.settings import (
     Progress,
     Settings,
 )
+from placer.planning.stopwatch import Stopwatch
 
 __all__ = [
     "CAPPED_SOLVERS",
@@ -36,6 +37,7 @@ __all__ = [
     "Parts",
     "Progress",
     "Settings",
+    "Stopwatch",
     "bounds_of_results",
     "build_problem",
     "cap_warnings",

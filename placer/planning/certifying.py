@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from placer.plan import Plan
 from placer.planning.parts import judging_part
 from placer.planning.posing import build_problem
 from placer.planning.settings import Progress, Settings
+from placer.planning.stopwatch import Stopwatch
 from placer.trace.source import TraceSource
 from placer.wording import among
 
@@ -127,7 +127,7 @@ class Certificate:
         tokens, requests: of the trace that were counted.
         sampled_tokens: of them, that the figures from single tokens (span, messages) are of.
         bounds: on the plan's figures.
-        seconds: wall-clock time.
+        timings: wall-clock seconds, see `Stopwatch`.
     """
 
     scope: str
@@ -135,7 +135,7 @@ class Certificate:
     requests: int
     sampled_tokens: int
     bounds: tuple[Bound, ...]
-    seconds: float
+    timings: dict[str, float]
 
     def to_document(self) -> dict[str, Any]:
         """The JSON document of `placer certify`."""
@@ -149,7 +149,8 @@ class Certificate:
             "bounds": [
                 bound.to_document() | {"seconds": round(bound.seconds, 3)} for bound in self.bounds
             ],
-            "seconds": round(self.seconds, 3),
+            "seconds": self.timings["total_s"],
+            **{key: value for key, value in self.timings.items() if key == "compile_s"},
         }
 
 
@@ -187,7 +188,7 @@ def certify_plan(
         )
     _, scope = judging_part(source, plan, phase=phase, all_requests=True)
     placement = plan.placement
-    started = time.perf_counter()
+    watch = Stopwatch()
     part = source.filtered(phase=phase)
     settings = Settings(
         num_ranks=placement.num_ranks,
@@ -206,5 +207,5 @@ def certify_plan(
         requests=len(part.request_ids()),
         sampled_tokens=0 if problem.tokens is None else len(problem.tokens),
         bounds=tuple(bounds),
-        seconds=time.perf_counter() - started,
+        timings=watch.timings(),
     )

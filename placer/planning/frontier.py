@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +13,7 @@ from placer.planning.making import figures_of_interest, placement_of, plan_of_re
 from placer.planning.parts import split_sources
 from placer.planning.posing import build_problem
 from placer.planning.settings import Progress, Settings
+from placer.planning.stopwatch import Stopwatch
 from placer.trace.source import TraceSource
 
 FORMAT = "placer.frontier"
@@ -101,13 +101,13 @@ def make_frontier(
     """
     import solvers
 
-    started = time.perf_counter()
+    watch = Stopwatch()
     if settings.dispatch == "allgather":
         raise UsageError("under allgather every plan sends the same messages", "solve for balance")
     settings = replace(settings, solver="local_search", objective="traffic", max_imbalance=None)
     parts = split_sources(sources, settings)
     problem = build_problem(parts.fit, settings, progress)
-    progress("searching the frontier (the first run compiles the search)")
+    progress("searching the frontier")
     budget = solvers.Budget(settings.time_limit_s)
     with solvers.ctrl_c_stops(budget):
         try:
@@ -118,7 +118,7 @@ def make_frontier(
         points = []
         for number, result in enumerate(results):
             progress(f"replaying the {parts.scope} tokens: plan {number + 1} of {len(results)}")
-            plan = plan_of_result(result, problem, parts, settings, time.perf_counter() - started)
+            plan = plan_of_result(result, problem, parts, settings, watch)
             fitted = {
                 "traffic": result.objective,
                 "imbalance": solvers.capped_imbalance(result.parts),

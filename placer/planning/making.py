@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from placer.planning.parts import Parts, split_sources
 from placer.planning.posing import build_problem
 from placer.planning.scenarios import workloads_of
 from placer.planning.settings import Progress, Settings
+from placer.planning.stopwatch import Stopwatch
 from placer.timing import TimingOptions, dims_for, step_times
 from placer.trace.source import TraceSource
 
@@ -135,12 +135,12 @@ def make_plan(
     """
     import solvers
 
-    started = time.perf_counter()
+    watch = Stopwatch()
     check_solver(settings.solver)
     progress("splitting the requests")
     parts = split_sources(sources, settings)
     problem = build_problem(parts.fit, settings, progress)
-    progress(f"solving with {settings.solver} (the first run compiles it)")
+    progress(f"solving with {settings.solver}")
     budget = solvers.Budget(settings.time_limit_s)
     proves = settings.certify_s is None and figure_of_objective(problem) is not None
     with solvers.ctrl_c_stops(budget):
@@ -149,8 +149,7 @@ def make_plan(
         refuse_broken_cap(result, settings)
         bounds = bounds_of_result(problem, result, settings, budget, progress)
         progress(f"replaying the {parts.scope} tokens")
-        seconds = time.perf_counter() - started
-        return plan_of_result(result, problem, parts, settings, seconds, bounds)
+        return plan_of_result(result, problem, parts, settings, watch, bounds)
 
 
 def placement_of(problem: Problem, result: Result) -> Placement:
@@ -183,12 +182,13 @@ def plan_of_result(
     problem: Problem,
     parts: Parts,
     settings: Settings,
-    seconds: float,
+    watch: Stopwatch,
     bounds: Sequence[Bound] = (),
 ) -> Plan:
     """Judge the result on the parts' tokens and write down where it came from.
 
-    A result that breaks only the default cap is feasible: nobody asked for the cap.
+    A result that breaks only the default cap is feasible: nobody asked for the cap. `watch` has run
+    since the work began.
     """
     placement = placement_of(problem, result)
     baseline = contiguous_like(placement)
@@ -232,7 +232,7 @@ def plan_of_result(
         timings={
             "solve_s": round(result.seconds, 3),
             **({"certify_s": round(sum(bound.seconds for bound in bounds), 3)} if bounds else {}),
-            "total_s": round(seconds, 3),
+            **watch.timings(),
         },
     )
 

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 FILE_WIDTH = 160  # of tables that go to a file or a pipe
+NOT_KEPT = "each time: no folder to keep them in can be written, see NUMBA_CACHE_DIR"
 
 
 def _console(stream: TextIO) -> Console:
@@ -57,12 +58,29 @@ def show_warnings(warnings: list[str]) -> None:
 
 @contextlib.contextmanager
 def progress_status() -> Iterator[Callable[[str], None]]:
-    """On a terminal say what is being done, and the time since the start; nothing elsewhere."""
+    """On a terminal say what is being done, and the time since the start; nothing elsewhere.
+
+    Kernels may be compiled meanwhile, which is said too.
+    """
+    from solvers.clock import COMPILE_CLOCK
+
     console = stderr_console()
     if not console.is_terminal:
         yield lambda _: None
         return
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as progress:
-        step = progress.add_task("starting")
-        yield lambda text: progress.update(step, description=escape(text))
+        doing, step = "starting", progress.add_task("starting")
+
+        def say(text: str) -> None:
+            nonlocal doing
+            doing = text
+            progress.update(step, description=escape(text))
+
+        def compiling(begins: bool) -> None:
+            often = "once per machine" if COMPILE_CLOCK.kept else NOT_KEPT
+            text = f"{doing} (compiling its kernels, {often})" if begins else doing
+            progress.update(step, description=escape(text), refresh=begins)
+
+        with COMPILE_CLOCK.watched(compiling):
+            yield say

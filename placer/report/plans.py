@@ -13,6 +13,7 @@ from placer.report.sheet import Sheet
 from placer.report.tables import (
     NAMES,
     certificate_line,
+    compiling_text,
     evaluation_table,
     number,
     titled,
@@ -49,7 +50,8 @@ def plan_summary(document: Mapping[str, Any]) -> list[RenderableType]:
         seconds = document["timings"].get("solve_s")
         solver = document["provenance"].get("solver", "unknown solver")
         ended = ENDED.get(certificate.get("termination"), "")
-        took = "" if seconds is None else f" ({solver}, {seconds:.1f} s{ended})"
+        spent = "" if seconds is None else f"{solver}, {seconds:.1f} s{ended}"
+        took = spent and f" ({compiling_text(document['timings'], spent)})"
         lines.append(certificate_line(certificate) + took)
         moves = certificate.get("parts", {}).get("moves")
         if moves is not None:

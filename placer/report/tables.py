@@ -130,6 +130,14 @@ def _judged_on(document: Mapping[str, Any]) -> tuple[str, str]:
     )
 
 
+def compiling_text(document: Mapping[str, Any], seconds: str) -> str:
+    """Seconds of work, and beside them those of compiling, where a document has any."""
+    compiling = document.get("compile_s")
+    if compiling is None:
+        return seconds
+    return f"{seconds}; {compiling:.0f} s more for compiling, once per machine"
+
+
 def certificate_line(certificate: Mapping[str, Any]) -> str:
     """How good the plan provably is, in one line."""
     value, bound = certificate["value"], certificate["lower_bound"]
@@ -188,6 +196,8 @@ def comparison_table(document: Mapping[str, Any]) -> list[RenderableType]:
     as_balanced = any(row.get("bound_max_imbalance") is not None for row in document["rows"])
     if any(row["gap"] is not None for row in document["rows"]):
         table.caption += f"; {GAP_NOTE}{', to plans that are as balanced' if as_balanced else ''}"
+    if "compile_s" in document:
+        table.caption += compiling_text(document, "")
     failed = [
         f"[red]{entry['solver']}:[/] {escape(entry['error'])}" for entry in document["failed"]
     ]

@@ -13,8 +13,6 @@ Pins, caps and limits on moves only take placements away, so the bounds hold wit
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,6 +21,7 @@ from solvers.bounds.certifying import prover
 from solvers.bounds.relaxation import THREADS, Chain, bound_kept
 from solvers.bounds.transport import affinity_bound, coactivation_bound, share_cut
 from solvers.budget import Budget
+from solvers.clock import working_s
 from solvers.problem import Problem
 from solvers.proving import prove
 
@@ -47,7 +46,7 @@ def affinity_by_transport(
     """b-matchings of neighbouring layers."""
     if AFFINITY not in parts:
         return None
-    start = time.perf_counter()
+    start = working_s()
     return _bound(AFFINITY, parts, affinity_bound(problem, budget), "b-matching", start)
 
 
@@ -58,7 +57,7 @@ def coactivation_by_transport(
     """b-matchings within layers."""
     if COACTIVATION not in parts:
         return None
-    start = time.perf_counter()
+    start = working_s()
     return _bound(COACTIVATION, parts, coactivation_bound(problem, budget), "b-matching", start)
 
 
@@ -98,7 +97,7 @@ def coactivation_by_relaxation(
 
 
 def _exact(figure: str, problem: Problem, parts: dict[str, float], budget: Budget) -> Bound | None:
-    start = time.perf_counter()
+    start = working_s()
     found = prove(problem, figure, None, budget) if figure in parts else None
     if found is None:
         return None
@@ -108,7 +107,7 @@ def _exact(figure: str, problem: Problem, parts: dict[str, float], budget: Budge
 def _relax(
     figure: str, problem: Problem, chain: Chain, parts: dict[str, float], budget: Budget
 ) -> Bound | None:
-    start = time.perf_counter()
+    start = working_s()
     total = float((chain.together if chain.flow is None else chain.flow).sum())
     if problem.num_slots != problem.num_experts or problem.num_ranks == 1 or total <= 0:
         return None
@@ -132,4 +131,4 @@ def _bound(
 ) -> Bound | None:
     if lower is None:
         return None
-    return Bound(figure, parts[figure], lower, method, time.perf_counter() - start)
+    return Bound(figure, parts[figure], lower, method, working_s() - start)

@@ -10,7 +10,6 @@ expert.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -24,6 +23,7 @@ from solvers.bounds.spare import spare_total
 from solvers.bounds.traffic import layer_bounds, node_traffic_bound
 from solvers.bounds.transport import ROUNDING
 from solvers.budget import Budget
+from solvers.clock import working_s
 from solvers.problem import Problem
 from solvers.solving import capped_imbalance
 
@@ -69,7 +69,7 @@ def _prove(figure: str, problem: Problem, parts: dict[str, float], budget: Budge
     """The cheap bound on one figure, or that of columns where there is time for it."""
     if problem.tokens is None or figure not in parts:
         return None
-    start = time.perf_counter()
+    start = working_s()
     cheap = layer_bounds(problem, figure, budget.part(_CHEAP_SHARE))
     total, method, cap = float(cheap.sum()), _CHEAP, np.inf
     if problem.num_slots > problem.num_experts:
@@ -84,7 +84,7 @@ def _prove(figure: str, problem: Problem, parts: dict[str, float], budget: Budge
         if known > total:
             total, method = known, _COLUMNS
     lower = max(0.0, total / (len(problem.tokens) * problem.num_layers) * (1 - ROUNDING))
-    seconds = time.perf_counter() - start
+    seconds = working_s() - start
     among = None if method != _COLUMNS or cap == np.inf else cap
     return Bound(figure, parts[figure], lower, method, seconds, among)
 
@@ -109,11 +109,11 @@ def bounds_as_balanced(
     count = len(problem.tokens) * problem.num_layers
     cheap = layer_bounds(problem, figure)
     if problem.num_slots > problem.num_experts:
-        start = time.perf_counter()
+        start = working_s()
         total = spare_total(problem, figure, cheap, budget)
         if total is None:
             return []
-        lower, seconds = total / count * (1 - ROUNDING), time.perf_counter() - start
+        lower, seconds = total / count * (1 - ROUNDING), working_s() - start
         return [Bound(figure, each[figure], lower, _COPIES, seconds) for each in parts]
     curve = Curve.of(problem, figure, cheap, float(np.median(caps)), budget)
     if curve is None:
@@ -124,8 +124,8 @@ def bounds_as_balanced(
         curve.total(cap, replace(budget.part(share), effort=effort))
     found = []
     for cap, figures in zip(caps, parts, strict=True):
-        start = time.perf_counter()
+        start = working_s()
         lower = max(0.0, curve.known_total(cap) / count * (1 - ROUNDING))
-        seconds = time.perf_counter() - start
+        seconds = working_s() - start
         found.append(Bound(figure, figures[figure], lower, _COLUMNS, seconds, cap))
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 from conftest import topic_trace
 
+import solvers
 from placer.plan import read_plan
 from placer.trace import ModelDims, open_trace, write_npz
+from solvers.clock import COMPILE_CLOCK
 
 from .running import fails, run, succeeds, usage_error
 
@@ -87,9 +90,45 @@ def test_the_same_seed_gives_the_same_bytes_without_timings(trace_folder, tmp_pa
         path = tmp_path / name
         succeeds("solve", trace_folder, "--gpus", 4, "--seed", 5, "-o", path)
         document = json.loads(path.read_text())
-        assert set(document.pop("timings")) == {"solve_s", "certify_s", "total_s"}
+        timings = set(document.pop("timings")) - {"compile_s"}
+        assert timings == {"solve_s", "certify_s", "total_s"}
         documents.append(json.dumps(document))
     assert documents[0] == documents[1]
+
+
+def test_compiling_is_told_apart_from_solving_and_changes_only_timings(
+    trace_folder, tmp_path, monkeypatch
+):
+    real, compiled_s = time.monotonic, [0.0]
+    entry = solvers.get("contiguous")
+
+    def slow(*arguments):
+        COMPILE_CLOCK.begin()
+        compiled_s[0] += 30.0
+        COMPILE_CLOCK.end()
+        return entry.function(*arguments)
+
+    def solved(name):
+        arguments = ("--gpus", 4, "--solver", "contiguous", "-o", tmp_path / name)
+        printed = succeeds("solve", trace_folder, *arguments).stdout
+        document = json.loads((tmp_path / name).read_text())
+        return printed, document.pop("timings"), document
+
+    solved("warm.json")
+    printed, timings, document = solved("quick.json")
+    assert "compile_s" not in timings
+    assert "for compiling" not in printed
+    monkeypatch.setattr("time.monotonic", lambda: real() + compiled_s[0])
+    monkeypatch.setattr("solvers.solving.get", lambda _: replace(entry, function=slow))
+    told, slow_timings, same = solved("slow.json")
+    assert slow_timings["compile_s"] == pytest.approx(30.0, abs=1.0)
+    assert slow_timings["solve_s"] < 15.0
+    assert "30 s more for compiling, once per machine" in " ".join(told.split())
+    assert same == document
+    compared = ("compare", trace_folder, "--gpus", 4, "--solvers", "contiguous")
+    assert "30 s more for compiling" in " ".join(succeeds(*compared).stdout.split())
+    monkeypatch.undo()
+    assert "for compiling" not in succeeds(*compared).stdout
 
 
 def test_another_seed_holds_out_other_requests(trace_folder, plan_path, tmp_path):
@@ -278,7 +317,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_trace_is_read(tm
     assert "mkdir -p" in fails(
         2, tmp_path, "solve", missing, "--gpus", 4, "-o", tmp_path / "none" / "plan.json"
     )
-    fails(2, tmp_path, "solve", missing, "--gpus", 4, "-o", tmp_path, "--force", hint=False)
+    fails(2, tmp_path, "solve", missing, "--gpus", 4, "-o", tmp_path, "--force")
 
 
 def test_one_request_leaves_nothing_to_hold_out(trace, tmp_path):

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import io
+import sys
+
+import pytest
 
 from placer.report import console
+from solvers.clock import COMPILE_CLOCK
 
 
 class Terminal(io.StringIO):
@@ -24,3 +28,17 @@ def test_progress_says_what_is_done_from_the_start_and_only_on_a_terminal(monkey
     assert "counting [all] tokens" in shown[Terminal]
     assert "0:00:00" in shown[Terminal]
     assert shown[io.StringIO] == ""
+
+
+@pytest.mark.parametrize(("kept", "often"), [(True, "once per machine"), (False, "each time")])
+def test_progress_says_when_kernels_are_compiled(monkeypatch, kept, often):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("sys.stderr", Terminal())
+    monkeypatch.setattr(COMPILE_CLOCK, "kept", kept)
+    with console.progress_status() as progress:
+        progress("solving")
+        COMPILE_CLOCK.begin()
+        progress("solving on")
+        COMPILE_CLOCK.end()
+    assert f"solving (compiling its kernels, {often}" in sys.stderr.getvalue()
