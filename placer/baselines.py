@@ -18,11 +18,12 @@ def baseline_placement(name: str, plan: Plan) -> Placement:
 
     Raises:
         UsageError: no such baseline, or a plan of another model.
+        BadFileError: no plan lies there.
     """
     ours = plan.placement
     if name == "contiguous":
         return contiguous_like(ours)
-    if Path(name).is_file():
+    if Path(name).suffix == ".json" or Path(name).is_file():
         other = read_plan(Path(name))
         theirs = other.placement
         if (theirs.num_layers, theirs.num_experts) != (ours.num_layers, ours.num_experts):

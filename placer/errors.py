@@ -12,39 +12,44 @@ class PlacerError(Exception):
 
     Args:
         message: what was found, what was expected, and where.
-        hint: what to do about it; an empty string when there is nothing to add.
+        hint: what to do about it; where nothing is said, what usually helps.
     """
 
     exit_code = 1
+    usual_hint = ""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = hint or self.usual_hint
 
 
 class UsageError(PlacerError):
     """The request makes no sense, whatever the files hold."""
 
     exit_code = 2
+    usual_hint = "--help says what may be asked for"
 
 
 class InfeasibleError(PlacerError):
     """No plan can satisfy the request."""
 
     exit_code = 3
+    usual_hint = "more slots per rank, fewer pins, more moves or a higher cap on imbalance"
 
 
 class TimeLimitError(PlacerError):
     """The time limit passed before there was a plan."""
 
     exit_code = 4
+    usual_hint = "give it a longer time limit"
 
 
 class BadFileError(PlacerError):
     """A file is missing, damaged, of another kind, or says something impossible."""
 
     exit_code = 5
+    usual_hint = "is it the file that you mean, and whole? if so, make it anew"
 
 
 class MissingExtraError(PlacerError):

@@ -15,6 +15,7 @@ from placer.trace.model import ModelDims
 
 FORMAT = "placer.plan"
 SCHEMA_VERSION = 1
+_MADE_BY = "expected a plan: `placer solve` makes one, `placer import` one of an engine's file"
 
 Dispatch = Literal["alltoall", "coherent", "allgather"]
 
@@ -75,7 +76,7 @@ def read_plan(path: Path) -> Plan:
     Raises:
         BadFileError: not a plan, of a newer version, or unsound.
     """
-    return plan_from_document(read_json(path, FORMAT, SCHEMA_VERSION), str(path))
+    return plan_from_document(read_json(path, FORMAT, SCHEMA_VERSION, _MADE_BY), str(path))
 
 
 def plan_from_document(document: dict[str, Any], where: str) -> Plan:

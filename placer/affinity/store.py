@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from placer.affinity.model import Affinity
 from placer.errors import BadFileError
-from placer.files import atomic_path
+from placer.files import atomic_path, nothing_at
 
 FORMAT = "placer.affinity"
 SCHEMA_VERSION = 1
@@ -48,7 +48,7 @@ def read_affinity(path: Path) -> Affinity:
             _check_format(path, file)
             tables = {name: _table(path, file, name) for name in _TABLES}
     except FileNotFoundError:
-        raise BadFileError(f"{path} does not exist") from None
+        raise nothing_at(path) from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise BadFileError(f"{path} cannot be read: {error}", "count the trace anew") from None
     try:

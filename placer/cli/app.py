@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from placer import __version__
-from placer.errors import PlacerError
+from placer.errors import PlacerError, UsageError
 
 
 class _Group(TyperGroup):
@@ -23,7 +23,10 @@ class _Group(TyperGroup):
         except PlacerError as error:
             from placer.report.console import show_error
 
-            show_error(error.message, error.hint)
+            hint = error.hint
+            if hint == UsageError.usual_hint:
+                hint = f"placer {ctx.invoked_subcommand} {hint}"
+            show_error(error.message, hint)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             from placer.report.console import show_error

@@ -85,7 +85,7 @@ def import_(
         import_plan(file, output, plan_format, plan_hints, force, json_output)
         return
     if (gpus or nodes) and file.exists():
-        raise UsageError(f"--gpus and --nodes are for plans, and {file} is none")
+        raise UsageError(f"--gpus and --nodes are for plans, and {file} is none", "leave them out")
     from placer.engines.importing import import_records
     from placer.engines.records import Hints
     from placer.report.console import progress_status, show, show_warnings

@@ -253,5 +253,5 @@ def numbers(option: str, text: str, least: int) -> tuple[int, ...]:
             f"{option} {text!r} is not a list of whole numbers", f"for example {option} 4,8"
         ) from None
     if min(found) < least:
-        raise UsageError(f"{option} {text}: expected {least} or more")
+        raise UsageError(f"{option} {text}: expected {least} or more", f"for example {option} 4,8")
     return found

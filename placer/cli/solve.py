@@ -82,7 +82,7 @@ def solve(
     if pareto:
         check_output_folder(frontier_folder(output), force)
         if max_imbalance is not None:
-            raise UsageError("--pareto goes through all caps; it takes no --max-imbalance")
+            raise UsageError("--pareto goes through all caps", "leave out --max-imbalance")
         if objective is not options.ObjectiveName.traffic or solver not in CAPPED_SOLVERS:
             raise UsageError(
                 "--pareto trades messages for balance by placer's own search",
@@ -91,7 +91,9 @@ def solve(
         if certify is not None:
             raise UsageError("--pareto proves no bounds", "placer certify, on one of its plans")
         if any(is_load(path) for path in traces):
-            raise UsageError("a load record has no messages to trade for balance: no --pareto")
+            raise UsageError(
+                "a load record has no messages to trade for balance", "leave out --pareto"
+            )
     options.refuse_kv_of_no_model(model, kv_tokens)
     settings = Settings(
         num_ranks=gpus,

@@ -90,7 +90,9 @@ def sweep(
     from placer.sweep.workers import in_processes, on_ray
 
     if ray is not None and jobs is not None:
-        raise UsageError("--jobs and --ray: the cluster says how many plans are made at once")
+        raise UsageError(
+            "--jobs and --ray: the cluster says how many plans are made at once", "leave out --jobs"
+        )
     names = [name.value for name in options.DispatchName]
     grid = Grid(
         num_ranks=options.numbers("--gpus", gpus, 1),

@@ -12,7 +12,7 @@ from typing import Any
 
 from placer.cluster.model import Cluster, Network, RankFigures
 from placer.errors import BadFileError, UsageError
-from placer.files import atomic_path
+from placer.files import atomic_path, nothing_at
 
 FORMAT = "placer.cluster"
 SCHEMA_VERSION = 2  # 2: network, rank_figures, pair tables, shared bus, fixed costs; 1 reads as is
@@ -38,7 +38,7 @@ def read_cluster(path: Path) -> Cluster:
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise BadFileError(f"{path} does not exist") from None
+        raise nothing_at(path) from None
     except (OSError, UnicodeDecodeError) as error:
         raise BadFileError(f"{path} cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:

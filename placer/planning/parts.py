@@ -140,11 +140,16 @@ def refuse_other_model(plan: Plan, source: TraceSource) -> None:
 
 
 def open_traces(paths: Sequence[Path]) -> list[TraceSource]:
-    """Open native or interchange traces; those that are small enough are read into memory."""
-    from placer.trace import MemorySource, open_trace
+    """Open native or interchange traces; those that are small enough are read into memory.
 
+    Of several paths (`traces/*`) files of another kind, such as a README, are left out with a
+    warning; what may be a damaged trace never is.
+    """
+    from placer.trace import MemorySource, may_be_trace, open_trace
+
+    wanted = [path for path in paths if may_be_trace(path)] or paths
     sources: list[TraceSource] = []
-    for path in paths:
+    for path in wanted:
         source = open_trace(path)
         entries = source.num_tokens * source.num_layers * source.top_k
         if entries * (6 if source.has_weights else 2) <= IN_MEMORY_BYTES:
@@ -152,4 +157,7 @@ def open_traces(paths: Sequence[Path]) -> list[TraceSource]:
             kept.complete, kept.warnings = source.complete, source.warnings
             source = kept
         sources.append(source)
+    left_out = [f"{path} is no trace and was left out" for path in paths if path not in wanted]
+    if left_out:
+        sources[0].warnings[:0] = left_out
     return sources

@@ -30,13 +30,14 @@ from placer.planning.settings import Progress, Settings
 from placer.timing import dims_for, shape_for
 from placer.trace.model import Trace
 from placer.trace.rounds import one_row_per_layer
-from placer.trace.source import TraceSource
+from placer.trace.source import TraceSource, listing
 from placer.trace.split import scramble
 
 if TYPE_CHECKING:
     from solvers import Problem
 
 PIN = re.compile(r"(?:(\d+):)?(\d+)@(\d+)")
+PIN_HINT = "EXPERT@RANK or LAYER:EXPERT@RANK, for example 3@0 or 12:3@0"
 
 
 def sample_tokens(source: TraceSource, most: int) -> Trace:
@@ -205,14 +206,19 @@ def pinned(
     for pin in pins:
         match = PIN.fullmatch(pin.replace(" ", ""))
         if match is None:
-            raise UsageError(f"cannot read the pin {pin!r}", "for example 3@0, or 12:3@0")
+            raise UsageError(f"cannot read the pin {pin!r}", PIN_HINT)
         layer, expert, rank = match.groups()
         if int(expert) >= num_experts:
-            raise UsageError(f"the pin {pin!r} names an expert beyond 0..{num_experts - 1}")
+            raise UsageError(
+                f"the pin {pin!r} names an expert beyond 0..{num_experts - 1}", PIN_HINT
+            )
         if int(rank) >= num_ranks:
-            raise UsageError(f"the pin {pin!r} names a rank beyond 0..{num_ranks - 1}")
+            raise UsageError(f"the pin {pin!r} names a rank beyond 0..{num_ranks - 1}", PIN_HINT)
         if layer is not None and int(layer) not in layer_ids:
-            raise UsageError(f"the pin {pin!r} names a layer that the trace lacks")
+            raise UsageError(
+                f"the pin {pin!r} names a layer that the trace lacks",
+                f"layers: {listing(layer_ids)}",
+            )
         rows = slice(None) if layer is None else [layer_ids.index(int(layer))]
         if not np.isin(table[rows, int(expert)], (-1, int(rank))).all():
             raise UsageError(

@@ -109,7 +109,9 @@ def calibrate(
     if num_ranks < 2:
         raise UsageError("there are no links to measure between fewer than 2 ranks", "--gpus 2")
     if num_ranks % num_nodes:
-        raise UsageError(f"{num_nodes} nodes do not divide {num_ranks} ranks")
+        raise UsageError(
+            f"{num_nodes} nodes do not divide {num_ranks} ranks", "give --nodes that divide --gpus"
+        )
     if repeats < 3:
         raise UsageError(f"repeats is {repeats}, expected at least 3")
     per_node = num_ranks // num_nodes

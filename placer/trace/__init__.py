@@ -12,7 +12,7 @@ from placer.trace.checks import make_trace
 from placer.trace.memory import MemorySource
 from placer.trace.model import DECODE, PHASE_NAMES, PREFILL, ModelDims, Trace
 from placer.trace.npz import read_npz, write_npz
-from placer.trace.opening import open_trace
+from placer.trace.opening import may_be_trace, open_trace
 from placer.trace.source import TraceSource
 from placer.trace.split import Split, split_requests
 
@@ -35,6 +35,7 @@ __all__ = [
     "import_npz",
     "inspect_trace",
     "make_trace",
+    "may_be_trace",
     "new_trace_folder",
     "open_trace",
     "read_npz",

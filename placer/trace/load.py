@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from placer.errors import BadFileError, UsageError
-from placer.files import atomic_path
+from placer.files import atomic_path, nothing_at
 
 FORMAT = "placer.load"
 SCHEMA_VERSION = 1
@@ -157,7 +157,7 @@ def read_load(path: Path) -> LoadRecord:
         BadFileError: missing, damaged, of a newer version, or unsound.
     """
     if not path.is_file():
-        raise BadFileError(f"{path} does not exist")
+        raise nothing_at(path)
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}

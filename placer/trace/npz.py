@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from placer.errors import BadFileError
-from placer.files import atomic_path
+from placer.files import atomic_path, nothing_at
 from placer.trace.checks import make_trace
 from placer.trace.model import ModelDims, Trace
 
@@ -109,7 +109,7 @@ def _read_arrays(path: Path) -> tuple[dict[str, NDArray[Any]], list[str]]:
         with path.open("rb") as file:
             magic = file.read(4)
     except FileNotFoundError:
-        raise BadFileError(f"{path} does not exist") from None
+        raise nothing_at(path) from None
     except OSError as error:
         raise BadFileError(f"{path} cannot be read: {error}") from None
     if magic not in (b"PK\x03\x04", b"PK\x05\x06"):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from placer.errors import BadFileError, PlacerError, UsageError
+from placer.files import nothing_at
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def read_prompts(path: Path | str) -> list[Prompt]:
     try:
         content = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise BadFileError(f"{path} does not exist") from None
+        raise nothing_at(path) from None
     except UnicodeDecodeError as error:
         raise BadFileError(f"{path} is not UTF-8: byte {error.start} is wrong") from None
     except OSError as error:

@@ -45,18 +45,18 @@ def listing(folder: Path) -> dict[str, bytes]:
     }
 
 
-def fails(exit_code: int, folder: Path, *arguments: object, hint: bool = True) -> str:
+def fails(exit_code: int, folder: Path, *arguments: object) -> str:
     """Run a command that must fail; returns its error line and hint.
 
-    It prints nothing on stdout, one error line and, with `hint`, one line what to do, and leaves
-    `folder` as it was.
+    It prints nothing on stdout, one error line and one line what to do, and leaves `folder` as it
+    was.
     """
     before = listing(folder)
     outcome = run(*arguments)
     assert outcome.exit_code == exit_code, (outcome.exit_code, outcome.stderr)
     assert outcome.stdout == ""
     lines = outcome.stderr.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["error", "hint"][: 1 + hint], outcome.stderr
+    assert [line.split(":")[0] for line in lines] == ["error", "hint"], outcome.stderr
     assert listing(folder) == before
     return outcome.stderr
 

@@ -95,7 +95,7 @@ def test_impossible_requests_are_refused(trace_folder, tmp_path):
     assert "cannot hold" in fails(
         3, tmp_path, "analyze", trace_folder, "--gpus", 4, "--slots-per-rank", 3, "--deep"
     )
-    fails(5, tmp_path, "analyze", tmp_path / "none", hint=True)
+    fails(5, tmp_path, "analyze", tmp_path / "none")
     wrong = fails(2, tmp_path, "analyze", trace_folder, "--gpus", "4,x")
     assert "--gpus '4,x' is not a list of whole numbers" in wrong
 

@@ -155,16 +155,12 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, what, code, expected):
 def test_missing_files_are_named(tmp_path):
     plan = plan_for(tmp_path)
     missing = tmp_path / "nothing"
-    assert f"{missing} does not exist" in fails(
-        5, tmp_path, "apply", missing, "--model", MODEL, hint=False
-    )
+    assert f"{missing} does not exist" in fails(5, tmp_path, "apply", missing, "--model", MODEL)
     assert "holds no config.json" in fails(
         5, tmp_path, "apply", plan, "--model", missing, "--dry-run"
     )
     prompts = ("--prompts", missing.with_suffix(".txt"))
-    assert "does not exist" in fails(
-        5, tmp_path, "apply", plan, "--model", MODEL, *prompts, hint=False
-    )
+    assert "does not exist" in fails(5, tmp_path, "apply", plan, "--model", MODEL, *prompts)
 
 
 def test_odd_options_are_refused(tmp_path):

@@ -120,7 +120,7 @@ def test_every_repeat_starts_with_another_arm(benched):
 def test_a_bench_of_other_settings_is_refused_and_shown_for_people(benched):
     folder, *_ = benched
     plan = folder / "moved.json"
-    other = fails(2, folder, *arguments(plan, "--batch-size", 3, "-o", folder / "kept"), hint=True)
+    other = fails(2, folder, *arguments(plan, "--batch-size", 3, "-o", folder / "kept"))
     assert "batch_size" in other
 
 
@@ -177,11 +177,11 @@ def test_what_cannot_be_measured_is_refused(tmp_path):
     plan = plan_for(tmp_path)
     assert "nothing to generate" in fails(2, tmp_path, "bench", plan, "--model", MODEL)
     missing = tmp_path / "none.json"
-    assert "does not exist" in fails(5, tmp_path, *arguments(missing), hint=False)
+    assert "does not exist" in fails(5, tmp_path, *arguments(missing))
     assert "--trace" in fails(2, tmp_path, *arguments(plan, "--baseline", "eplb"))
     assert "no baseline" in fails(2, tmp_path, *arguments(plan, "--baseline", "nonsense"))
     twice = ("--baseline", "contiguous", "--baseline", "contiguous")
-    assert "twice" in fails(2, tmp_path, *arguments(plan, *twice), hint=False)
+    assert "twice" in fails(2, tmp_path, *arguments(plan, *twice))
     other = plan_for(tmp_path, num_ranks=4)
     assert "4 ranks" in fails(2, tmp_path, *arguments(plan, "--baseline", other))
 
@@ -195,4 +195,4 @@ def test_a_damaged_repeat_is_refused(tmp_path):
     assert "has no settings" in fails(5, tmp_path, *arguments(plan, "-o", kept))
     path.write_text('{"format": "placer.bench-repeat", "sch')
     assert "not valid JSON" in fails(5, tmp_path, *arguments(plan, "-o", kept))
-    assert "folder" in fails(2, tmp_path, *arguments(plan, "-o", path), hint=False)
+    assert "folder" in fails(2, tmp_path, *arguments(plan, "-o", path))

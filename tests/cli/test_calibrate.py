@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
 def test_impossible_requests_are_refused_with_their_codes(tmp_path):
     output = ("-o", tmp_path / "here.toml")
     assert "fewer than 2 ranks" in fails(2, tmp_path, "calibrate", "--gpus", 1, *output)
-    error = fails(2, tmp_path, "calibrate", "--gpus", 4, "--nodes", 3, *output, hint=False)
+    error = fails(2, tmp_path, "calibrate", "--gpus", 4, "--nodes", 3, *output)
     assert "3 nodes do not divide 4 ranks" in error
     error = fails(5, tmp_path, "calibrate", "--gpus", 2, "--model", tmp_path, *output)
     assert "holds no config.json" in error

@@ -83,7 +83,7 @@ def test_what_certify_refuses(plan_path, trace_folder, tmp_path):
     assert "cross_rank_fraction" in fails(2, tmp_path, *asked)
     nearly = ("certify", plan_path, trace_folder, "--figure", "coactivation")
     assert "did you mean coactivation_cut?" in fails(2, tmp_path, *nearly)
-    fails(5, tmp_path, "certify", tmp_path / "nothing.json", trace_folder, hint=False)
+    fails(5, tmp_path, "certify", tmp_path / "nothing.json", trace_folder)
     fails(5, tmp_path, "certify", plan_path, tmp_path / "nothing")
     fails(5, tmp_path, "certify", broken, trace_folder)
     assert "own model" in fails(2, tmp_path, "certify", other, trace_folder)

@@ -83,7 +83,7 @@ def test_impossible_requests_are_refused(plan_path, tmp_path):
     fails(2, tmp_path, "export", plan_path, "--to", "tensorrt-llm", "-o", out)
     fails(2, tmp_path, "export", plan_path, "--to", "sglang", "-o", tmp_path / "no" / "map.json")
     fails(2, tmp_path, "export", plan_path, "--to", "sglang", "--num-layers", 1, "-o", out)
-    fails(5, tmp_path, "export", tmp_path / "none.json", "--to", "sglang", "-o", out, hint=False)
+    fails(5, tmp_path, "export", tmp_path / "none.json", "--to", "sglang", "-o", out)
     usage_error(tmp_path, "export", plan_path, "-o", out)
     out.write_text("{}")
     fails(2, tmp_path, "export", plan_path, "--to", "sglang", "-o", out)
@@ -91,10 +91,8 @@ def test_impossible_requests_are_refused(plan_path, tmp_path):
     succeeds("export", plan_path, "--to", "sglang", "-o", out, "--force")
     fails(2, tmp_path, "import", out, "--from", "sglang", "-o", tmp_path / "p.json")
     asked = ("--from", "sglang", "--gpus", 4, "-o", tmp_path / "p.json")
-    missing = fails(5, tmp_path, "import", tmp_path / "none.json", *asked, hint=False)
+    missing = fails(5, tmp_path, "import", tmp_path / "none.json", *asked)
     assert "does not exist" in missing
     fails(2, tmp_path, "import", out, "--from", "sglang", "--gpus", 4, "-o", tmp_path / "folder")
     fails(2, tmp_path, "import", out, "--from", "sglang", "--gpus", 4, "-o", out)
-    fails(
-        2, tmp_path, "import", out, "--from", "npz", "--gpus", 4, "-o", tmp_path / "t", hint=False
-    )
+    fails(2, tmp_path, "import", out, "--from", "npz", "--gpus", 4, "-o", tmp_path / "t")

@@ -271,9 +271,8 @@ def test_a_damaged_plan_is_refused_with_what_and_where(trace_folder, plan_path, 
     damage(document)
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(document))
-    hint = what not in ("another format", "a row short", "a row missing", "layers out of order")
     for command in (["evaluate", path, trace_folder], ["inspect", path]):
-        error = fails(5, tmp_path, *command, hint=hint)
+        error = fails(5, tmp_path, *command)
         assert str(path) in error
         for word in words:
             assert word in error
@@ -298,7 +297,7 @@ def test_a_plan_that_says_nothing_of_its_origin_is_judged_as_unseen(
 def test_a_missing_file_is_named(trace_folder, plan_path, tmp_path, order):
     none = tmp_path / "none"
     arguments = [none, trace_folder] if order == "plan first" else [plan_path, none]
-    error = fails(5, tmp_path, "evaluate", *arguments, hint=order == "trace first")
+    error = fails(5, tmp_path, "evaluate", *arguments)
     assert f"{none} does not exist" in error
 
 

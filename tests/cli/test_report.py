@@ -180,7 +180,7 @@ def test_a_small_trace_of_one_layer_and_request(tmp_path):
 
 def test_failures_leave_nothing_behind(made, plan_path, trace_folder, tmp_path):
     path = tmp_path / "report.html"
-    fails(5, tmp_path, "report", tmp_path / "none.json", trace_folder, "-o", path, hint=False)
+    fails(5, tmp_path, "report", tmp_path / "none.json", trace_folder, "-o", path)
     fails(5, tmp_path, "report", plan_path, tmp_path / "none", "-o", path)
     other = tmp_path / "other.npz"
     write_npz(topic_trace(num_layers=3), other)

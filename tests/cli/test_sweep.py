@@ -202,7 +202,7 @@ def test_allgather_is_about_balance(trace_folder, tmp_path):
 def test_what_makes_no_sense_is_refused(made, trace_folder, tmp_path):
     folder = made[0]
     assert "whole numbers" in fails(2, folder, "sweep", trace_folder, "--gpus", "4,x", "-o", folder)
-    fails(2, folder, "sweep", trace_folder, "--gpus", "0", "-o", folder, hint=False)
+    fails(2, folder, "sweep", trace_folder, "--gpus", "0", "-o", folder)
     fails(2, folder, "sweep", trace_folder, "--gpus", "4", "--dispatch", "x", "-o", folder)
     fails(2, folder, "sweep", trace_folder, "--gpus", "4", "--nodes", "3", "-o", folder)
     message = fails(2, folder, "sweep", trace_folder, "--gpus", "4", "--seed", 5, "-o", folder)
@@ -211,11 +211,10 @@ def test_what_makes_no_sense_is_refused(made, trace_folder, tmp_path):
     (tmp_path / "full" / "note").write_text("mine")
     fails(2, tmp_path, "sweep", trace_folder, "--gpus", "4", "-o", tmp_path / "full")
     fails(2, tmp_path, "sweep", trace_folder, "--gpus", "4", "-o", tmp_path / "no" / "where")
-    fails(2, tmp_path, "sweep", trace_folder, "--gpus", "4", "-o", tmp_path / "full" / "note",
-          hint=False)  # fmt: skip
+    fails(2, tmp_path, "sweep", trace_folder, "--gpus", "4", "-o", tmp_path / "full" / "note")
     fails(5, tmp_path, "sweep", tmp_path / "none", "--gpus", "4", "-o", tmp_path / "s")
     fails(2, tmp_path, "sweep", trace_folder, "--gpus", "4", "--jobs", 2, "--ray", "local",
-          "-o", tmp_path / "s", hint=False)  # fmt: skip
+          "-o", tmp_path / "s")  # fmt: skip
     usage_error(tmp_path, "sweep", trace_folder, "-o", tmp_path / "s")
 
 

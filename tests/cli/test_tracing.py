@@ -109,7 +109,7 @@ def test_missing_prompts_and_models_are_errors(model_folder, prompts, tmp_path):
     pytest.importorskip("torch")
     output = tmp_path / "trace"
     error = fails(5, tmp_path, "trace", model_folder, "--prompts", tmp_path / "none.txt", "-o",
-                  output, hint=False)  # fmt: skip
+                  output)  # fmt: skip
     assert "none.txt" in error
     (tmp_path / "empty").mkdir()
     error = fails(1, tmp_path, "trace", tmp_path / "empty", "--prompts", prompts, "-o", output)

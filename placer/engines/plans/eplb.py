@@ -36,7 +36,7 @@ from placer.engines.plans.tables import (
 )
 from placer.engines.registry import ExportOptions, ImportedPlan, PlanFormat, PlanHints
 from placer.errors import BadFileError, MissingExtraError
-from placer.files import atomic_path
+from placer.files import atomic_path, nothing_at
 from placer.plan import Plan
 
 
@@ -107,7 +107,7 @@ def _load(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     except ImportError:
         raise MissingExtraError("safetensors", "trace") from None
     if not path.is_file():
-        raise BadFileError(f"{path} is a folder" if path.is_dir() else f"{path} does not exist")
+        raise BadFileError(f"{path} is a folder") if path.is_dir() else nothing_at(path)
     try:
         with safe_open(path, framework="numpy") as file:
             keys = list(file.keys())

@@ -16,7 +16,7 @@ import numpy as np
 from placer.engines.plans.tables import chosen_rows, full_table, imported_plan
 from placer.engines.registry import ExportOptions, ImportedPlan, PlanFormat, PlanHints
 from placer.errors import BadFileError
-from placer.files import atomic_path
+from placer.files import atomic_path, nothing_at
 from placer.plan import Plan
 
 
@@ -30,7 +30,7 @@ def read(path: Path, hints: PlanHints) -> ImportedPlan:
     try:
         pattern = np.load(path, allow_pickle=False)
     except FileNotFoundError:
-        raise BadFileError(f"{path} does not exist") from None
+        raise nothing_at(path) from None
     except Exception as error:  # of a damaged header: whatever numpy's parser of it raises
         first = (str(error) or repr(error)).splitlines()[0]
         raise BadFileError(f"{path} is not a readable .npy: {first}", "was it truncated?") from None

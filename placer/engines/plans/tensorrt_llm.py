@@ -25,7 +25,7 @@ from placer.engines.plans.tables import (
 )
 from placer.engines.registry import ExportOptions, ImportedPlan, PlanFormat, PlanHints
 from placer.errors import BadFileError, UsageError
-from placer.files import atomic_path
+from placer.files import atomic_path, nothing_at
 from placer.plan import Plan
 
 KEYS = ("num_slots", "initial_global_assignments", "layer_updates_per_iter", "ep_size")
@@ -80,7 +80,7 @@ def _load_yaml(path: Path) -> Any:
         with path.open(encoding="utf-8") as file:
             return yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except FileNotFoundError:
-        raise BadFileError(f"{path} does not exist") from None
+        raise nothing_at(path) from None
     except (OSError, UnicodeDecodeError) as error:
         raise BadFileError(f"{path} cannot be read: {error}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from placer.engines.records import Hints
 from placer.errors import BadFileError, MissingExtraError, UsageError
+from placer.files import nothing_at
 
 
 def existing_file(path: Path) -> Path:
@@ -18,7 +19,7 @@ def existing_file(path: Path) -> Path:
     if path.is_dir():
         raise BadFileError(f"{path} is a folder, expected a file")
     if not path.exists():
-        raise BadFileError(f"{path} does not exist")
+        raise nothing_at(path)
     return path
 
 

@@ -90,7 +90,9 @@ class BenchJob:
             raise UsageError("there is nothing to generate from", "--prompts FILE or --prompt TEXT")
         names = [arm.name for arm in self.arms]
         if len(set(names)) < len(names):
-            raise UsageError(f"a baseline stands there twice: {', '.join(names)}")
+            raise UsageError(
+                f"a baseline stands there twice: {', '.join(names)}", "name each --baseline once"
+            )
         ours = self.plan.placement
         for arm in self.arms:
             shape = (arm.placement.num_ranks, arm.placement.ranks_per_node)
