@@ -120,7 +120,7 @@ ENGINES = {
     entry.name: entry
     for entry in (
         Engine("sglang", "--init-expert-location", ("sglang_json", "sglang_pt")),
-        Engine("vllm", "PLACER_VLLM_PLAN, with placer's plugin", ("vllm",)),
+        Engine("vllm", "PLACER_VLLM_PLAN", ("vllm",)),
         Engine("tensorrt-llm", "MoE load balancer config", ("tensorrt_llm",)),
         Engine("vllm-ascend", "expert_map_path", ("vllm_ascend",)),
         Engine("omni-infer", "placement pattern", ("omni_infer",)),

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 FILE_WIDTH = 160  # of tables that go to a file or a pipe
-NOT_KEPT = "each time: no folder to keep them in can be written, see NUMBA_CACHE_DIR"
+NOT_KEPT = "each time (NUMBA_CACHE_DIR must be writable)"
 
 
 def _console(stream: TextIO) -> Console:
@@ -79,7 +79,7 @@ def progress_status() -> Iterator[Callable[[str], None]]:
 
         def compiling(begins: bool) -> None:
             often = "once per machine" if COMPILE_CLOCK.kept else NOT_KEPT
-            text = f"{doing} (compiling its kernels, {often})" if begins else doing
+            text = f"compiling, {often}: {doing}" if begins else doing
             progress.update(step, description=escape(text), refresh=begins)
 
         with COMPILE_CLOCK.watched(compiling):

@@ -33,7 +33,7 @@ def test_progress_says_what_is_done_from_the_start_and_only_on_a_terminal(monkey
 @pytest.mark.parametrize(("kept", "often"), [(True, "once per machine"), (False, "each time")])
 def test_progress_says_when_kernels_are_compiled(monkeypatch, kept, often):
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr("sys.stderr", Terminal())
     monkeypatch.setattr(COMPILE_CLOCK, "kept", kept)
     with console.progress_status() as progress:
@@ -41,4 +41,4 @@ def test_progress_says_when_kernels_are_compiled(monkeypatch, kept, often):
         COMPILE_CLOCK.begin()
         progress("solving on")
         COMPILE_CLOCK.end()
-    assert f"solving (compiling its kernels, {often}" in sys.stderr.getvalue()
+    assert f"compiling, {often}" in sys.stderr.getvalue()
