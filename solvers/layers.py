@@ -192,6 +192,15 @@ class Layers:
             node *= (1 - 1 / problem.num_nodes) / (1 - 1 / problem.num_ranks)
         return np.repeat([1.0, node][: self.groups.size], self.groups)
 
+    @cached_property
+    def home_prices(self) -> Floats:
+        """[G + 1, sum of groups] what a message costs from each home, the last one unknown."""
+        problem = self.problem
+        prices = np.tile(self.row_prices, (problem.num_ranks + 1, 1))
+        if problem.link_cost is not None and problem.home is not None:
+            prices[:-1] = problem.link_cost
+        return prices
+
     @property
     def heat(self) -> float:
         """First temperature: a fraction of what one swap can save, at the dearest rank."""
@@ -472,8 +481,8 @@ class Layers:
         traffic = np.zeros(problem.num_workloads)
         serve_layer(
             np.ascontiguousarray(problem.tokens[:, layer]), slots, problem.num_experts,
-            problem.num_nodes, home, batch, scenario, problem.token_workload, self.row_prices, load,
-            traffic,
+            problem.num_nodes, home, batch, scenario, problem.token_workload, self.home_prices,
+            load, traffic,
         )  # fmt: skip
         traffic /= np.bincount(problem.token_workload, minlength=traffic.size)
         return traffic, self.imbalance_of(load)

@@ -23,7 +23,7 @@ def serve_layer(
     batch: Any,
     scenario: Any,
     workload: Any,
-    row_prices: Any,
+    prices: Any,
     load: Any,
     traffic: Any,
 ) -> None:
@@ -36,7 +36,8 @@ def serve_layer(
         home: [T] home rank of each token, -1 where nobody knows.
         batch: [T] batch of each token; the counts of a home begin anew with its batch.
         scenario, workload: [T] of each token.
-        row_prices: [G] or [G + num_nodes] price of a message to each rank, and to each node.
+        prices: [G + 1, G] or [G + 1, G + num_nodes] by home, the last one unknown: price of a
+            message to each rank, and to each node.
         load: [C, G] float64, filled with the pairs that each rank serves, by scenario.
         traffic: [workloads] float64, filled with the prices of all messages.
     """
@@ -45,7 +46,7 @@ def serve_layer(
     load[:] = 0.0
     traffic[:] = 0.0
     _serve(
-        experts, copies, where, num_nodes, home, batch, scenario, workload, row_prices,
+        experts, copies, where, num_nodes, home, batch, scenario, workload, prices,
         np.zeros((num_ranks + 1, num_ranks), np.int64), np.full(num_ranks + 1, -1, np.int64),
         np.zeros(num_ranks, np.int64), np.zeros(num_nodes, np.int64),
         np.zeros(experts.shape[1], np.int64), load, traffic,
@@ -55,7 +56,7 @@ def serve_layer(
 @compiled_lean
 def _serve(
     experts: Any, copies: Any, where: Any, num_nodes: int, home: Any, batch: Any, scenario: Any,
-    workload: Any, row_prices: Any, sent: Any, counted: Any, used: Any, used_node: Any,
+    workload: Any, prices: Any, sent: Any, counted: Any, used: Any, used_node: Any,
     served: Any, load: Any, traffic: Any,
 ) -> None:  # fmt: skip
     """The loop of `serve_layer`.
@@ -67,7 +68,7 @@ def _serve(
     """
     num_ranks = used.size
     ranks_per_node = num_ranks // num_nodes
-    by_node = row_prices.size > num_ranks
+    by_node = prices.shape[1] > num_ranks
     for token in range(experts.shape[0]):
         # a stamp marks what a token uses, the next one what it has paid for
         stamp = 2 * token + 1
@@ -82,6 +83,7 @@ def _serve(
         if start >= 0:  # nothing to pay there
             used[start] = stamp + 1
             used_node[start // ranks_per_node] = stamp + 1
+        row_prices = prices[start]
         price = 0.0
         for k in range(served.size):
             rank = served[k]

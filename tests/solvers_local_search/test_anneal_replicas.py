@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from solvers import check
 from solvers.anneal import SQUARE_SHARE, pack_bits
 from solvers.anneal_replicas import anneal_layer_replicas
 from solvers.check_serving import serve
@@ -14,7 +15,7 @@ from solvers.problem import Problem
 from solvers.replica_pricing import DAMPING, SWEEPS, fill_load
 from solvers.serving import serve_layer
 
-from .cases import random_tokens
+from .cases import problem_of, random_tokens
 
 
 def met_from_scratch(where, users, single, num_ranks):
@@ -184,7 +185,7 @@ def test_serving_is_the_checkers_whether_or_not_homes_are_known(num_ranks, num_n
         home[: count if homes == "unknown" else count // 2] = -1
         home = rng.permutation(home)
     batch, scenario = np.arange(count) // 50, rng.integers(0, 2, count)
-    prices = rng.random(num_ranks + num_nodes)
+    prices = rng.random((num_ranks + 1, num_ranks + num_nodes))
     load, traffic = np.zeros((2, num_ranks)), np.zeros(2)
     serve_layer(
         tokens, rows.reshape(-1), num_experts, num_nodes, home, batch, scenario, scenario, prices,
@@ -201,9 +202,31 @@ def test_serving_is_the_checkers_whether_or_not_homes_are_known(num_ranks, num_n
         nodes = {rank // shrink for rank in used}
         if start >= 0:
             used, nodes = used - {start}, nodes - {start // shrink}
-        expected[part] += prices[list(used)].sum() + prices[[num_ranks + n for n in nodes]].sum()
+        rows = [*used, *(num_ranks + n for n in nodes)]
+        expected[part] += prices[start, rows].sum()
     assert (load == expected_load).all()
     assert traffic == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("ranks_per_node", [2, 4])
+@pytest.mark.parametrize("homes", [True, False])
+def test_a_candidate_costs_over_unequal_links_what_the_checker_says(ranks_per_node, homes):
+    """Without homes in units of what is sent by the others, see `Layers.counts_homes`."""
+    rng = np.random.default_rng(ranks_per_node)
+    tokens = random_tokens(rng, 200, 1, 8, 3)
+    cost = 3 * rng.random((4, 4))
+    np.fill_diagonal(cost, 0.0)
+    home = rng.choice(4, 200, p=[0.5, 0.3, 0.1, 0.1])  # the mean home is not any home
+    problem = problem_of(
+        tokens, 8, 4, slots_per_rank=3, ranks_per_node=ranks_per_node,
+        home=home if homes else None, link_cost=cost,
+    )  # fmt: skip
+    layers = prepare(problem)
+    for _ in range(4):
+        slots = placed_with_replicas(rng, 8, 4, 3).reshape(-1)
+        value = check.objective(problem, check.check(problem, slots[None]))
+        expected = value if homes else value * 4 / 3
+        assert layers.candidate(0, slots, 3).traffic[0] == pytest.approx(expected)
 
 
 def test_serving_without_replicas_is_the_span_less_the_home_rank():
@@ -212,7 +235,7 @@ def test_serving_without_replicas_is_the_span_less_the_home_rank():
     home = rng.integers(0, 4, 50)
     load, traffic = np.zeros((2, 4)), np.zeros(2)
     scenario = workload = np.arange(50) % 2
-    prices = np.array([1.0, 1, 1, 1, 10, 10])
+    prices = np.tile([1.0, 1, 1, 1, 10, 10], (5, 1))
     serve_layer(
         tokens, np.arange(8), 8, 2, home, scenario, scenario, workload, prices, load, traffic
     )
@@ -240,8 +263,9 @@ def test_the_share_of_free_tokens_is_near_that_of_homes_which_count_for_themselv
         load = np.zeros((1, num_ranks))
         zero = np.zeros(count, np.int64)
         serve_layer(
-            tokens, slots, 5, 1, home, batch, zero, zero, np.ones(num_ranks), load, np.zeros(1)
-        )
+            tokens, slots, 5, 1, home, batch, zero, zero,
+            np.ones((num_ranks + 1, num_ranks)), load, np.zeros(1),
+        )  # fmt: skip
         served = load[0] / load.mean()
         relative = np.bincount(tokens[tokens >= 0], minlength=6)[:6] / load.mean()
         problem = Problem(
