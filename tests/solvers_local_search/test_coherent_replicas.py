@@ -333,7 +333,7 @@ def test_coupled_layers_are_annealed_for_the_whole_and_for_what_folds_leave(seed
 
 def test_an_anneal_with_a_time_limit_spreads_it_over_its_parts(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("solvers.budget.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("solvers.budget.working_s", lambda: now[0])
     pace = Pace(Budget(100.0, _start=0.0), parts=10, usual=8000, share=0.5)
     taken = []
     for _ in range(10):
