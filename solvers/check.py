@@ -82,7 +82,7 @@ def check(problem: Problem, placement: NDArray[np.integer]) -> dict[str, float]:
         span_pairwise, messages_pairwise, node_messages_pairwise: only when `tokens` are absent:
             stand-ins for the exact figures, see `_pairwise_surrogate`.
 
-    Complexity: O(L T (G + K)), with replicas O(L T K G) for the tokens that use one.
+    Complexity: O(L T (G + K)), with replicas O(L T (G + K C)), C = most copies of an expert.
     """
     copies = _copies(problem, placement)
     rank_load = _rank_load(problem.load, copies)
@@ -430,12 +430,16 @@ def _choose_copies(
         served = serve(experts, copies, homes, batch, problem.ranks_per_node)
     else:
         served = np.where(experts >= 0, copies.argmax(axis=1)[experts], -1)
-    used = np.zeros((len(experts), copies.shape[1]), bool)
-    for k in range(experts.shape[1]):
-        row = np.nonzero(served[:, k] >= 0)[0]
-        used[row, served[row, k]] = True
+    used = _marked(served, copies.shape[1])
     used_nodes = _any(used.reshape(len(used), problem.num_nodes, -1))
     return _Chosen(served, used, used_nodes, used.sum(axis=1), used_nodes.sum(axis=1))
+
+
+def _marked(served: NDArray[np.int64], num_ranks: int) -> NDArray[np.bool_]:
+    """[T, G] whether a token is served by a rank, from [T, K] the ranks that serve it or -1."""
+    used = np.zeros((len(served), num_ranks + 1), bool)
+    used[np.arange(len(served))[:, None], served] = True  # -1 marks the last column
+    return np.ascontiguousarray(used[:, :num_ranks])
 
 
 def _rank_of_primary(

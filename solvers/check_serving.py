@@ -21,57 +21,66 @@ def serve(experts: Any, copies: Any, home: Any, batch: Any, ranks_per_node: int)
         ranks_per_node: ranks of one node.
     """
     num_tokens, width = experts.shape
-    num_ranks = copies.shape[1]
+    num_experts, num_ranks = copies.shape
+    num_copies = np.zeros(num_experts, np.int64)
+    ranks = np.zeros((num_experts, num_ranks), np.int64)  # of each expert, ascending
+    for e in range(num_experts):
+        for g in range(num_ranks):
+            if copies[e, g]:
+                ranks[e, num_copies[e]] = g
+                num_copies[e] += 1
     served = np.full((num_tokens, width), -1, np.int64)
     count = np.zeros((num_ranks + 1, num_ranks), np.int64)  # by home; the last row: unknown
     counted = np.full(num_ranks + 1, -1, np.int64)  # the batch that each row counts
-    used = np.zeros(num_ranks, np.bool_)
+    used = np.full(num_ranks, -1, np.int64)  # the last token that used each rank
+    touched = np.full(
+        num_ranks // ranks_per_node, -1, np.int64
+    )  # and each node, or is at home there
     for t in range(num_tokens):
         start = home[t]
         if counted[start] != batch[t]:
             count[start, :] = 0
             counted[start] = batch[t]
         load = count[start]
-        for g in range(num_ranks):
-            used[g] = False
+        if start >= 0:
+            touched[start // ranks_per_node] = t
+        waiting = 0
         for k in range(width):  # at home, or where the only copy is
             e = experts[t, k]
             if e < 0:
                 continue
-            only = -1
-            held = 0
-            for g in range(num_ranks):
-                if copies[e, g]:
-                    only = g
-                    held += 1
-            rank = -1
             if start >= 0 and copies[e, start]:
                 rank = start
-            elif held == 1:
-                rank = only
-            if rank >= 0:
-                served[t, k] = rank
-                load[rank] += 1
-                used[rank] = True
+            elif num_copies[e] == 1:
+                rank = ranks[e, 0]
+            else:
+                waiting += 1
+                continue
+            served[t, k] = rank
+            load[rank] += 1
+            used[rank] = t
+            touched[rank // ranks_per_node] = t
+        if waiting == 0:
+            continue
         for k in range(width):  # a used rank, a touched node, any copy: the least counted
             e = experts[t, k]
             if e < 0 or served[t, k] >= 0:
                 continue
             best = -1
             best_worth = (np.int64(3), np.int64(0), np.int64(0))
-            for g in range(num_ranks):
-                if not copies[e, g]:
-                    continue
-                node = g // ranks_per_node
-                touched = start >= 0 and start // ranks_per_node == node
-                for other in range(node * ranks_per_node, (node + 1) * ranks_per_node):
-                    touched = touched or used[other]
-                tier = np.int64(0) if used[g] else np.int64(1) if touched else np.int64(2)
+            for j in range(num_copies[e]):
+                g = ranks[e, j]
+                tier = np.int64(2)
+                if used[g] == t:
+                    tier = np.int64(0)
+                elif touched[g // ranks_per_node] == t:
+                    tier = np.int64(1)
                 worth = (tier, load[g], np.int64((g - max(start, 0)) % num_ranks))
                 if best < 0 or worth < best_worth:
                     best = g
                     best_worth = worth
             served[t, k] = best
             load[best] += 1
-            used[best] = True
+            used[best] = t
+            touched[best // ranks_per_node] = t
     return served
