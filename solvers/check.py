@@ -260,9 +260,12 @@ def _rank_load(load: NDArray[np.float64], copies: NDArray[np.bool_]) -> NDArray[
     return share
 
 
-def _any(array: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Whether any of the last axis is true."""
-    found: NDArray[np.bool_] = np.logical_or.reduce(array, axis=-1)
+def _of_nodes(of_ranks: NDArray[np.bool_], num_nodes: int) -> NDArray[np.bool_]:
+    """[..., N] whether anything is true of a node's ranks, from [..., G]."""
+    by_node = of_ranks.reshape(*of_ranks.shape[:-1], num_nodes, -1)
+    found = by_node[..., 0].copy()
+    for place in range(1, by_node.shape[-1]):  # `any` over a short last axis takes thrice as long
+        found |= by_node[..., place]
     return found
 
 
@@ -431,14 +434,16 @@ def _choose_copies(
     else:
         served = np.where(experts >= 0, copies.argmax(axis=1)[experts], -1)
     used = _marked(served, copies.shape[1])
-    used_nodes = _any(used.reshape(len(used), problem.num_nodes, -1))
+    used_nodes = _of_nodes(used, problem.num_nodes)
     return _Chosen(served, used, used_nodes, used.sum(axis=1), used_nodes.sum(axis=1))
 
 
 def _marked(served: NDArray[np.int64], num_ranks: int) -> NDArray[np.bool_]:
     """[T, G] whether a token is served by a rank, from [T, K] the ranks that serve it or -1."""
     used = np.zeros((len(served), num_ranks + 1), bool)
-    used[np.arange(len(served))[:, None], served] = True  # -1 marks the last column
+    row = np.arange(len(served))
+    for k in range(served.shape[1]):
+        used[row, served[:, k]] = True  # -1 marks the last column
     return np.ascontiguousarray(used[:, :num_ranks])
 
 
@@ -546,8 +551,7 @@ def _pairwise_surrogate(problem: Problem, copies: NDArray[np.bool_]) -> dict[str
                     at_home[layer + 1] = min(1.0, within * span[layer + 1] / per_token[layer + 1])
         return float(span.mean()), float((2 * span - 1 - at_home).mean())
 
-    num_layers, num_experts, _ = copies.shape
-    nodes = _any(copies.reshape(num_layers, num_experts, problem.num_nodes, -1))
+    nodes = _of_nodes(copies, problem.num_nodes)
     span, messages = of_groups(copies)
     _, node_messages = of_groups(nodes)
     return {
