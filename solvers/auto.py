@@ -1,16 +1,19 @@
 """The default: the local search, and beside it what is quick and might be better.
 
-For objective balance the greedy packing of EPLB is tried as well; for affinity and co-activation
-`pairwise` takes the local search's place, and with restrictions, which it does not know, `auto`
-refuses. Of the placements
-that keep the cap, the one with the best objective is returned, the first one's on a tie. Source:
-placer.
+For affinity and co-activation `pairwise` takes the local search's place, and with restrictions,
+which it does not know, `auto` refuses. The greedy packing of EPLB is tried as well for objective
+balance, where spare slots stay empty otherwise, and where the cap is broken otherwise. The best of
+the placements is returned, the first one on a tie; one that keeps the cap is better than any that
+does not, and of those that do not the more balanced one is. Source: placer.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from solvers import check
 from solvers.budget import Budget
+from solvers.preferring import imbalance_of_loads, or_current, worth
 from solvers.problem import Problem
 from solvers.registry import get, register
 from solvers.result import RequestError, Solution
@@ -19,11 +22,10 @@ from solvers.result import RequestError, Solution
 @register("auto", source="placer", replicates=True, restricted=True)
 def auto(problem: Problem, seed: int, budget: Budget) -> Solution:
     """Picks solvers by the problem and returns the best plan."""
-    from solvers.solving import keeps_cap
-
+    spare = problem.num_slots > problem.num_experts
+    # the local search places replicas for the tokens that choose them
+    replicates = spare and problem.tokens is not None and problem.dispatch != "allgather"
     names = ["local_search"]
-    if problem.objective == "balance" and not problem.restrictions:
-        names.append("eplb")
     if problem.objective in check.PAIRWISE:
         if problem.restrictions:
             asked = " and ".join(problem.restrictions)
@@ -32,19 +34,34 @@ def auto(problem: Problem, seed: int, budget: Budget) -> Solution:
                 "leave out --objective: fewer messages need what is used together to be together"
             )
         names = ["pairwise"]
-        if problem.num_slots > problem.num_experts:
-            names.append("local_search")  # which places replicas
-    best: tuple[tuple[bool, float], Solution] | None = None
-    for name in names:
-        followed = name == "pairwise" and len(names) > 1
-        part = budget.part(0.5) if followed else budget
+        if replicates:
+            names.append("local_search")
+
+    def found_by(name: str, part: Budget) -> Solution:
         solution = get(name).function(problem, seed, part)
         solution.notes["chosen"] = name
-        if len(names) == 1:
-            return solution
-        parts = check.check(problem, solution.placement)
-        worth = (not keeps_cap(problem, parts), check.objective(problem, parts))
-        if best is None or worth < best[0]:
-            best = worth, solution
-    assert best is not None
-    return best[1]
+        return solution
+
+    found = [
+        found_by(name, budget.part(1 / (len(names) - number))) for number, name in enumerate(names)
+    ]
+    wanted = problem.objective == "balance" or (spare and not replicates)
+    if not problem.restrictions and (wanted or (not spare and _breaks_cap(problem, found[0]))):
+        found.append(found_by("eplb", budget))
+    best = found[0]
+    if len(found) > 1:
+        best = min(found, key=lambda solution: worth(problem, solution.placement))
+    if best.notes["chosen"] != "local_search":  # which has compared it
+        best = replace(best, placement=or_current(problem, best.placement))
+    ended = budget.termination()
+    return best if ended == "finished" else replace(best, termination=ended)
+
+
+def _breaks_cap(problem: Problem, solution: Solution) -> bool:
+    """Of experts with a copy each."""
+    from solvers.solving import TOLERANCE
+
+    cap = problem.max_imbalance
+    if cap is None:
+        return False
+    return imbalance_of_loads(problem, solution.placement) > cap * (1 + TOLERANCE)

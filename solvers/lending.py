@@ -18,10 +18,10 @@ def borrowed(
 ) -> Iterator[NDArray[np.integer]]:
     """[L, S] placement of each solver, until one is out of time.
 
-    None where more is asked of where experts sit than they know, or one is in use already; a solver
-    whose arrays the problem lacks is passed over.
+    None where more is asked of where experts sit than they know; a solver whose arrays the problem
+    lacks is passed over.
     """
-    if problem.restrictions or problem.current is not None:
+    if problem.restrictions:
         return
     for solver in map(get, names):
         if any(getattr(problem, array) is None for array in solver.needs):

@@ -32,6 +32,7 @@ from solvers.layers import Candidate, Layers, Prices, Slots, anneal, prepare
 from solvers.lending import borrowed
 from solvers.pacing import paced
 from solvers.parallel import available_cores, stopping
+from solvers.preferring import or_current
 from solvers.problem import Problem
 from solvers.registry import register
 from solvers.result import Solution
@@ -219,7 +220,8 @@ def caps_of(problem: Problem, layers: Layers) -> Caps:
 def local_search(problem: Problem, seed: int, budget: Budget) -> Solution:
     """Anneals traffic, load and replicas together on exact token bitsets, under a cap on imbalance.
 
-    Redundant slots are filled with replicas under alltoall and coherent dispatch.
+    Redundant slots are filled with replicas under alltoall and coherent dispatch. A placement in
+    use that is allowed comes back where nothing better was found.
     """
     from solvers import coherent
 
@@ -230,4 +232,5 @@ def local_search(problem: Problem, seed: int, budget: Budget) -> Solution:
             layers = paced(layers, seed, budget, coherent.ROUNDS, coherent.ROUNDS)
         search = coherent.search_coherent if layers.coupled else search_layers
         placement = np.stack(search(layers, seed, budget, caps))
-    return Solution(placement, termination=budget.termination())
+    termination = budget.termination()
+    return Solution(or_current(problem, placement), termination=termination)

@@ -21,7 +21,7 @@ proves how far from the optimum it can be. Deterministic for a seed. Source: pla
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise as steps
 
 import numpy as np
@@ -32,6 +32,7 @@ from solvers.bounds.transport import ROUNDING
 from solvers.budget import Budget
 from solvers.chain import Effort, effort_for, keep_flow
 from solvers.contiguous import fill
+from solvers.preferring import imbalance_of_loads
 from solvers.problem import Problem
 from solvers.proving import prove
 from solvers.registry import register
@@ -210,11 +211,7 @@ class _Search:
 
     def imbalance(self, ranks: Ranks) -> float:
         """What the cap is about."""
-        from solvers.solving import capped_imbalance
-
-        plain = replace(self.problem, tokens=None, primary=None, home=None, batch=None)
-        plain = replace(plain, scenario=None, affinity=None, coactivation=None)
-        return capped_imbalance(check.check(plain, _placement(self.problem, ranks)))
+        return imbalance_of_loads(self.problem, _placement(self.problem, ranks))
 
 
 def _placement(problem: Problem, ranks: Ranks) -> NDArray[np.int64]:

@@ -58,9 +58,12 @@ def prove(problem: Problem, figure: str, known: Ranks | None, budget: Budget) ->
         return _prove_flow(problem, known, budget)
     if problem.num_experts > MOST_EXPERTS or problem.coactivation is None:
         return None
+    together = problem.coactivation * (1.0 - np.eye(problem.num_experts))
+    total = float(together.sum())
+    if total <= 0:  # tokens use an expert each: nothing can be cut
+        return None
     sizes = np.full(problem.num_ranks, problem.slots_per_rank)
     ranks = contiguous_ranks(problem.num_layers, sizes) if known is None else known.copy()
-    together = problem.coactivation * (1.0 - np.eye(problem.num_experts))
     for layer, pairs in enumerate(together):
         if budget.expired():
             return None
@@ -69,7 +72,7 @@ def prove(problem: Problem, figure: str, known: Ranks | None, budget: Budget) ->
             return None
         ranks[layer] = found
     same = ranks[:, :, None] == ranks[:, None, :]
-    kept = float((together * same).sum()) / max(1e-300, float(together.sum()))
+    kept = float((together * same).sum()) / total
     return Optimum(ranks, kept, "depth-first search")
 
 

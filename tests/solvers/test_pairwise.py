@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from solver_cases import make_problem, topic_tokens
 
 from solvers import Budget, Problem, capped_imbalance, solve
+from solvers.bounds.certifying import certify
 from solvers.chain import kept_flow
 from solvers.exact_pairs import (
     _partitions,
@@ -179,3 +180,14 @@ def test_a_stopped_budget_gives_a_sound_placement_at_once():
     budget.stop()
     problem = topic_problem("coactivation", max_imbalance=1.2)
     assert solve(problem, "pairwise", budget=budget).termination == "interrupted"
+
+
+def test_tokens_that_use_one_expert_cut_no_pair_and_nothing_says_they_do():
+    tokens = np.random.default_rng(0).integers(0, 4, (20, 2, 1)).astype(np.int16)
+    problem = make_problem(tokens, 4, 2, 2, objective="coactivation")
+    for solver in ("pairwise", "auto"):
+        result = solve(problem, solver)
+        assert (result.objective, result.status) == (0.0, "optimal")
+    assert prove(problem, "coactivation_cut", None, Budget()) is None
+    for bound in certify(problem, result.placement, Budget(effort=1.0), ["coactivation_cut"]):
+        assert bound.lower_bound == 0.0

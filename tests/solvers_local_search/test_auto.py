@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import solvers
+from solvers import check
 
 from .cases import problem_of, topic_tokens
 
@@ -42,3 +43,50 @@ def test_pairs_are_not_minimised_under_pins_and_auto_says_so(objective):
     problem = problem_of(topic_tokens(0), 16, 4, objective=objective, pinned=np.full((5, 16), -1))
     with pytest.raises(ValueError, match=f"no solver minimises {objective} and keeps pinned; "):
         solvers.solve(problem, "auto")
+
+
+@pytest.mark.parametrize("objective", ["traffic", "affinity", "coactivation"])
+@pytest.mark.parametrize("dispatch", ["allgather", "alltoall"])
+def test_spare_slots_that_the_search_leaves_empty_are_packed_where_that_keeps_the_cap(
+    objective, dispatch
+):
+    """The search places replicas for tokens that choose them: not under allgather, nor without."""
+    tokens = np.zeros((40, 2, 2), np.int64)
+    tokens[:, :, 1] = 1 + np.arange(40)[:, None] % 3  # all use expert 0
+    pairs = np.zeros((2, 4, 4))
+    np.add.at(pairs, (np.arange(2), tokens[:, :, [0]], tokens), 1.0)
+    problem = problem_of(
+        tokens, 4, 4, slots_per_rank=4, dispatch=dispatch, objective=objective, max_imbalance=1.05,
+        coactivation=pairs + pairs.swapaxes(1, 2), affinity=pairs[:1],
+    )  # fmt: skip
+    if dispatch == "alltoall":
+        problem = replace(problem, tokens=None, primary=None)
+    result = solvers.solve(problem, "auto")
+    assert result.status != "infeasible"
+    assert result.notes["chosen"] == "eplb"
+
+
+def test_of_plans_that_break_the_cap_the_most_balanced_is_returned():
+    tokens = np.zeros((30, 1, 1), np.int64)  # expert 0 has all the load, and two of three slots
+    problem = problem_of(tokens, 2, 3, dispatch="allgather", max_imbalance=1.05)
+    result = solvers.solve(problem, "auto")
+    assert result.status == "infeasible"
+    assert solvers.capped_imbalance(result.parts) == 1.5
+    stopped = solvers.Budget()
+    stopped.stop()
+    assert solvers.solve(problem, "auto", budget=stopped).termination == "interrupted"
+
+
+@pytest.mark.parametrize("solver", ["auto", "local_search"])
+@pytest.mark.parametrize("objective", ["traffic", "coactivation"])
+def test_a_placement_in_use_that_nothing_beats_stays(solver, objective):
+    """The search would not place its replicas: nobody knows which tokens choose them."""
+    pairs = np.ones((2, 4, 4))
+    everything = np.tile(np.arange(4), (2, 2))
+    problem = solvers.Problem(
+        load=np.full((2, 4), 4.0), num_ranks=2, slots_per_rank=4, ranks_per_node=2,
+        coactivation=pairs, objective=objective, current=everything,
+    )  # fmt: skip
+    before = check.objective(problem, check.check(problem, everything))
+    result = solvers.solve(problem, solver)
+    assert result.objective <= before

@@ -256,9 +256,11 @@ def test_with_hardly_any_time_it_is_no_worse_than_what_it_borrows(monkeypatch):
                          home=np.arange(300) % 4, slots_per_rank=5)  # fmt: skip
     lent = solvers.solve(problem, "eplb_global")
     problem = replace(problem, max_imbalance=solvers.capped_imbalance(lent.parts))
-    result = solvers.solve(problem, "local_search")
-    assert result.status != "infeasible"
-    assert result.objective <= lent.objective + 1e-9
+    in_use = np.column_stack([np.arange(16).reshape(4, 4), np.full(4, -1)]).reshape(-1)
+    for current in (None, np.tile(in_use, (5, 1))):
+        result = solvers.solve(replace(problem, current=current), "local_search")
+        assert result.status != "infeasible"
+        assert result.objective <= lent.objective + 1e-9
 
 
 def test_out_of_time_only_the_end_of_an_anneal_is_judged(monkeypatch):
