@@ -45,6 +45,11 @@ class CompileClock:
             self._total += time.monotonic() - self._began
         self._tell(False)
 
+    @property
+    def running(self) -> bool:
+        """Whether a kernel is being compiled."""
+        return self._depth > 0
+
     def seconds(self) -> float:
         """Of wall-clock time, in which this process has compiled so far."""
         with self._lock:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import numba
+import numpy as np
 import pytest
 
 from solvers import Budget, compiling
 from solvers.clock import COMPILE_CLOCK, CompileClock
+from solvers.parallel import stopping
 
 
 @pytest.fixture
 def now(monkeypatch):
     """What the clock on the wall says, to be changed at will."""
-    time = [100.0]
-    monkeypatch.setattr("time.monotonic", lambda: time[0])
-    return time
+    told = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: told[0])
+    return told
 
 
 def test_the_clock_runs_from_the_first_kernel_to_the_last_that_nest(now):
@@ -91,3 +94,22 @@ def test_a_kernel_without_a_folder_to_be_kept_in_is_compiled_all_the_same(monkey
 
     assert double(4) == 8
     assert not COMPILE_CLOCK.kept
+
+
+def test_a_budget_is_not_asked_while_kernels_are_compiled(monkeypatch):
+    clock = CompileClock()
+    monkeypatch.setattr("solvers.parallel.COMPILE_CLOCK", clock)
+    monkeypatch.setattr("solvers.parallel.POLL_S", 0.001)
+    asked = threading.Event()
+
+    class Asked(Budget):
+        def expired(self):
+            asked.set()
+            return True
+
+    clock.begin()
+    with stopping(np.zeros(1, np.int64), Asked()):
+        time.sleep(0.05)
+        assert not asked.is_set()
+        clock.end()
+        assert asked.wait(10.0)
