@@ -38,6 +38,8 @@ def clusterability(sample: Sample, num_groups: Sequence[int]) -> list[dict[str, 
     found = []
     half = np.arange(NUM_GROUPS) % 2
     for ranks in num_groups:
+        if ranks == 1:  # nothing is apart
+            continue
         kept, total, by_load = np.zeros(NUM_GROUPS), np.zeros(NUM_GROUPS), 0.0
         bound = 0.0
         capacity = -(-num_experts // ranks)

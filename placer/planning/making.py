@@ -102,7 +102,8 @@ def cap_warnings(plan: Plan, settings: Settings) -> list[str]:
         return []
     if reached <= cap or not settings.cap_is_default:
         unseen = plan.prediction["metrics"]["imbalance"]["value"]
-        if plan.prediction["scope"] != "held-out" or unseen <= cap + CAP_SLACK:
+        held_out = plan.prediction["scope"] == "held-out"
+        if not held_out or unseen is None or unseen <= cap + CAP_SLACK:
             return []
         return [
             f"the cap on imbalance, {cap:.2f}, is kept on the requests that the plan was fitted "

@@ -172,6 +172,8 @@ def _places(document: Document) -> list[str]:
 
 
 def _batches(document: Document) -> list[str]:
+    if not any(document["layers"]["plan"]["batches"].values()):  # no batch has any load
+        return []
     return [
         heading("Batches"),
         paragraph(

@@ -35,7 +35,8 @@ def by_layer(document: Document) -> str:
 def rank_loads(document: Document) -> str:
     """Load of every rank in every layer."""
     layers, first = document["layers"], document["compared_with"]
-    most = max(max(map(max, layers[name]["rank_load"])) for name in (first, "plan"))
+    loads = [max(map(max, layers[name]["rank_load"])) for name in (first, "plan")]
+    most = max(1.01, *loads)  # equal loads, and none, have no range of their own
     with style() as figure_class:
         figure = figure_class(figsize=(9, 3.0), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)

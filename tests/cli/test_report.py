@@ -6,6 +6,7 @@ import json
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 from placer.plan import read_plan
@@ -207,3 +208,15 @@ def test_a_plan_of_rounds_can_be_shown(tmp_path):
         "report", plan, tmp_path / "chained.npz", "-o", tmp_path / "report.html", "--json"
     ).document()
     assert len(document["layers"]["plan"]["messages"]) == 6
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_a_plan_for_one_rank_and_a_trace_without_load_have_a_page(used, tmp_path):
+    experts = np.zeros((8, 2, 2), np.int16) + np.arange(2, dtype=np.int16)
+    experts = experts if used else np.full_like(experts, -1)
+    trace = make_trace(experts=experts, num_experts=4, request=np.arange(8) // 2)
+    write_npz(trace, tmp_path / "t.npz")
+    succeeds("solve", tmp_path / "t.npz", "--gpus", 1, "-o", tmp_path / "plan.json")
+    succeeds("report", tmp_path / "plan.json", tmp_path / "t.npz", "-o", tmp_path / "r.html")
+    assert "<svg" in (tmp_path / "r.html").read_text()
+    succeeds("analyze", tmp_path / "t.npz", "--gpus", "1,2")
