@@ -2,9 +2,10 @@
 
 For affinity and co-activation `pairwise` takes the local search's place, and with restrictions,
 which it does not know, `auto` refuses. The greedy packing of EPLB is tried as well for objective
-balance, where spare slots stay empty otherwise, and where the cap is broken otherwise. The best of
-the placements is returned, the first one on a tie; one that keeps the cap is better than any that
-does not, and of those that do not the more balanced one is. Source: placer.
+balance, and where spare slots stay empty otherwise; where the cap is broken otherwise, EPLB's or
+the local search, whichever was not tried. The best of the placements is returned, the first one on
+a tie; one that keeps the cap is better than any that does not, and of those that do not the more
+balanced one is. Source: placer.
 """
 
 from __future__ import annotations
@@ -45,9 +46,12 @@ def auto(problem: Problem, seed: int, budget: Budget) -> Solution:
     found = [
         found_by(name, budget.part(1 / (len(names) - number))) for number, name in enumerate(names)
     ]
-    wanted = problem.objective == "balance" or (spare and not replicates)
-    if not problem.restrictions and (wanted or (not spare and _breaks_cap(problem, found[0]))):
-        found.append(found_by("eplb", budget))
+    if not problem.restrictions:
+        if problem.objective == "balance" or (spare and not replicates):
+            found.append(found_by("eplb", budget))
+        elif not spare and _breaks_cap(problem, found[0]):
+            other = "eplb" if names[0] == "local_search" else "local_search"
+            found.append(found_by(other, budget))
     best = found[0]
     if len(found) > 1:
         best = min(found, key=lambda solution: worth(problem, solution.placement))

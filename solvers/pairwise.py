@@ -182,6 +182,7 @@ class _Search:
                 weights.together,
                 weights.flow,
                 weights.relative,
+                self.problem.fair_share,
                 price,
                 warm,
                 cold,

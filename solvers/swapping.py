@@ -35,7 +35,7 @@ def fill_table(ranks: Any, together: Any, flow: Any, table: Any) -> None:
 
 @compiled
 def anneal_swaps(
-    ranks: Any, together: Any, flow: Any, relative: Any, price: float,
+    ranks: Any, together: Any, flow: Any, relative: Any, fair: Any, price: float,
     hot: float, cold: float, proposals: int, seed: int, table: Any,
 ) -> None:  # fmt: skip
     """Anneal a placement in place; it ends cold, not at the best state that was seen.
@@ -48,6 +48,7 @@ def anneal_swaps(
         together: [L, N, N] symmetric, or [0, N, N] if it does not count.
         flow: [L-1, N, N], or [0, N, N] if it does not count.
         relative: [L, N] load in units of the mean rank load.
+        fair: [G] load that is fair for each rank's speed, in the same units.
         price: of one unit of the largest rank load.
         hot, cold: first and last temperature.
         proposals: how many swaps to propose.
@@ -80,11 +81,13 @@ def anneal_swaps(
         moved = relative[layer, j] - relative[layer, i]
         if price > 0.0:
             load = rank_load[layer]
-            before, after = 0.0, max(load[a] + moved, load[b] - moved)
+            before = 0.0
+            after = max((load[a] + moved) / fair[a], (load[b] - moved) / fair[b])
             for rank in range(num_ranks):
-                before = max(before, load[rank])
+                share = load[rank] / fair[rank]
+                before = max(before, share)
                 if rank != a and rank != b:
-                    after = max(after, load[rank])
+                    after = max(after, share)
             gain -= price * (after - before)
         if gain < 0.0 and gain < temperature * np.log(uniform(state) + 1e-300):
             continue

@@ -129,6 +129,16 @@ def test_a_cap_is_kept_and_costs_something(objective):
     assert capped.objective >= free.objective - 1e-12
 
 
+@pytest.mark.parametrize("objective", FIGURE)
+def test_a_cap_is_kept_on_ranks_of_unlike_speed(objective):
+    speed = np.array([0.6, 1.0, 1.0, 1.0])
+    tokens = topic_tokens(1, num_tokens=300, num_layers=3, num_experts=16, top_k=2)
+    problem = make_problem(tokens, 16, 4, 4, objective=objective, rank_speed=speed)
+    free = solve(problem, "pairwise")
+    assert capped_imbalance(free.parts) > 1.5
+    assert solve(replace(problem, max_imbalance=1.1), "pairwise").status == "feasible"
+
+
 def test_a_cap_that_nothing_keeps_is_said():
     tokens = np.zeros((40, 2, 1), np.int16)  # one expert has all the load
     problem = make_problem(tokens, 4, 2, 2, objective="affinity", max_imbalance=1.5)
