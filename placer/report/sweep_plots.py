@@ -84,22 +84,24 @@ def _words(name: str, value: Any) -> str:
 
 
 def _messages(axes: Any, cells: list[Mapping[str, Any]], along: str, name: str) -> None:
-    points = []
+    points: list[tuple[Any, float, float, float]] = []
     for cell in cells:
         result = cell["result"]
-        if result["headline"] != "imbalance":
-            entry = result["figures"][result["headline"]]
-            points.append((cell["config"][along], entry))
+        if result["headline"] == "imbalance":
+            continue
+        entry = result["figures"][result["headline"]]
+        change = entry["change"]
+        if change is None:  # against a baseline that sends nothing
+            continue
+        low, high = (
+            change if entry[end] is None else entry[end] for end in ("change_low", "change_high")
+        )
+        x = cell["config"][along]
+        points.append((x, 100 * change, 100 * (change - low), 100 * (high - change)))
     if not points:
         return
-    middle = [100 * entry["change"] for _, entry in points]
-    low = [
-        100 * (entry["change"] - (entry["change_low"] or entry["change"])) for _, entry in points
-    ]
-    high = [
-        100 * ((entry["change_high"] or entry["change"]) - entry["change"]) for _, entry in points
-    ]
-    axes.errorbar([x for x, _ in points], middle, yerr=[low, high], marker="o", ms=4, label=name)
+    x_of, middle, below, above = zip(*points, strict=True)
+    axes.errorbar(x_of, middle, yerr=[below, above], marker="o", ms=4, label=name)
 
 
 def _balance(axes: Any, cells: list[Mapping[str, Any]], along: str, name: str) -> None:

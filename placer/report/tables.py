@@ -208,7 +208,9 @@ def _best_rows(rows: Sequence[Mapping[str, Any]], messages: str) -> set[str]:
     """Solvers that no other beats in both messages and imbalance."""
 
     def point(row: Mapping[str, Any]) -> tuple[float, float]:
-        return row["metrics"][messages]["value"], row["metrics"]["imbalance"]["value"]
+        values = (row["metrics"][name]["value"] for name in (messages, "imbalance"))
+        sent, imbalance = (0.0 if value is None else value for value in values)  # None: no load
+        return sent, imbalance
 
     return {
         row["solver"]

@@ -211,7 +211,7 @@ def test_a_plan_of_rounds_can_be_shown(tmp_path):
 
 
 @pytest.mark.parametrize("used", [True, False])
-def test_a_plan_for_one_rank_and_a_trace_without_load_have_a_page(used, tmp_path):
+def test_one_rank_and_a_trace_without_load_can_be_shown_too(used, tmp_path):
     experts = np.zeros((8, 2, 2), np.int16) + np.arange(2, dtype=np.int16)
     experts = experts if used else np.full_like(experts, -1)
     trace = make_trace(experts=experts, num_experts=4, request=np.arange(8) // 2)
@@ -220,3 +220,5 @@ def test_a_plan_for_one_rank_and_a_trace_without_load_have_a_page(used, tmp_path
     succeeds("report", tmp_path / "plan.json", tmp_path / "t.npz", "-o", tmp_path / "r.html")
     assert "<svg" in (tmp_path / "r.html").read_text()
     succeeds("analyze", tmp_path / "t.npz", "--gpus", "1,2")
+    succeeds("compare", tmp_path / "t.npz", "--gpus", 2, "--solvers", "contiguous,random")
+    succeeds("sweep", tmp_path / "t.npz", "--gpus", "1,2", "-o", tmp_path / "sweep", "--jobs", 1)
