@@ -25,7 +25,7 @@ def auto(problem: Problem, seed: int, budget: Budget) -> Solution:
     """Picks solvers by the problem and returns the best plan."""
     spare = problem.num_slots > problem.num_experts
     # the local search places replicas for the tokens that choose them
-    replicates = spare and problem.tokens is not None and problem.dispatch != "allgather"
+    replicates = spare and problem.tokens is not None
     names = ["local_search"]
     if problem.objective in check.PAIRWISE:
         if problem.restrictions:
@@ -47,7 +47,8 @@ def auto(problem: Problem, seed: int, budget: Budget) -> Solution:
         found_by(name, budget.part(1 / (len(names) - number))) for number, name in enumerate(names)
     ]
     if not problem.restrictions:
-        if problem.objective == "balance" or (spare and not replicates):
+        packs = spare and (not replicates or problem.dispatch == "allgather")
+        if problem.objective == "balance" or packs:
             found.append(found_by("eplb", budget))
         elif not spare and _breaks_cap(problem, found[0]):
             other = "eplb" if names[0] == "local_search" else "local_search"

@@ -182,9 +182,10 @@ class Filling:
         traffic, load, _ = self.everyone.along(placement)
         count = np.bincount(self.everyone.workload, minlength=traffic.size)
         traffic = traffic / np.maximum(1, count * problem.num_layers)
-        imbalance = np.mean(
-            [layers.imbalance_of(load[:, i]) for i in range(problem.num_layers)], axis=0
-        )
+        each = [layers.imbalance_of(load[:, i]) for i in range(problem.num_layers)]
+        if layers.balances_evenly:
+            each = [layers.even_imbalance(i, slots) for i, slots in enumerate(placement)]
+        imbalance = np.mean(each, axis=0)
         return Visited(
             float(problem.aggregate(traffic + self.search.caps.floor * imbalance)),
             float(problem.aggregate(imbalance)),

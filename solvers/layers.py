@@ -78,7 +78,7 @@ class Layers:
         bits, primary_bits: L arrays [E + 1, words]; the tokens of a workload follow each other,
             and each workload begins with a new word.
         segments: [workloads + 1] first word of each workload, and the number of words.
-        num_tokens: [workloads] tokens; all 0 when only load counts.
+        num_tokens: [workloads] tokens; all 0 when only load counts, and no token chooses copies.
         sample: [64 words] the problem's token that each bit stands for, -1 = none.
         most_proposals: of a long anneal, where there is no time for more.
         stop: [1] not 0 once the kernels shall end.
@@ -181,6 +181,8 @@ class Layers:
         prices are those of a message over the share of ranks that are not the home.
         """
         problem = self.problem
+        if problem.dispatch == "allgather":  # the same messages whatever the placement
+            return np.zeros(int(self.groups.sum()))
         if problem.link_cost is not None:
             share = np.full(problem.num_ranks, 1 / max(1, problem.num_ranks - 1))
             if problem.home is not None and not self.coupled:
@@ -197,7 +199,8 @@ class Layers:
         """[G + 1, sum of groups] what a message costs from each home, the last one unknown."""
         problem = self.problem
         prices = np.tile(self.row_prices, (problem.num_ranks + 1, 1))
-        if problem.link_cost is not None and problem.home is not None:
+        known = problem.link_cost is not None and problem.home is not None
+        if known and problem.dispatch != "allgather":
             prices[:-1] = problem.link_cost
         return prices
 
@@ -427,6 +430,20 @@ class Layers:
         rows = self.judged_loads[layer][:, slots].reshape(-1, num_ranks, slots.size // num_ranks)
         return self._imbalance(rows.sum(axis=2), self.problem.workload_of_scenarios)
 
+    @property
+    def balances_evenly(self) -> bool:
+        """Whether the objective is the balance of copies that have equal shares of the load."""
+        problem = self.problem
+        asked = problem.objective == "balance" and problem.max_imbalance is None
+        return asked and problem.scenario is None
+
+    def even_imbalance(self, layer: int, slots: Slots) -> Floats:
+        """[workloads] imbalance where each copy of an expert has an equal share of its load."""
+        copies = np.bincount(slots[slots >= 0], minlength=self.problem.num_experts + 1)
+        loads = (self.judged_loads[layer] / np.maximum(1, copies))[:, slots]
+        rows = loads.reshape(len(loads), self.problem.num_ranks, -1)
+        return self._imbalance(rows.sum(axis=2), self.problem.workload_of_scenarios)
+
     def imbalance_of(self, served: Floats) -> Floats:
         """[workloads] likewise, of the pairs [C, G] that ranks serve; [1, G] of all scenarios."""
         problem = self.problem
@@ -450,6 +467,8 @@ class Layers:
         """What a layer costs by itself (alltoall dispatch): span, or messages with replicas."""
         if self.replicates:
             traffic, imbalance = self._served(layer, slots)
+            if self.balances_evenly:
+                imbalance = self.even_imbalance(layer, slots)
         else:
             traffic, imbalance = self._span(layer, slots), self.imbalance(layer, slots)
         return Candidate(slots, traffic, imbalance, self.moves(layer, slots), width)
@@ -565,11 +584,12 @@ def prepare(problem: Problem) -> Layers:
     from solvers.anneal import pack_bits
 
     num_experts, num_layers = problem.num_experts, problem.num_layers
-    if problem.tokens is None or problem.dispatch == "allgather":
+    spare = problem.num_slots > num_experts
+    if problem.tokens is None or (problem.dispatch == "allgather" and not spare):
         none = [np.zeros((num_experts + 1, 0), np.uint64)] * num_layers
         zero = np.zeros(problem.num_workloads + 1, np.int64)
         return Layers(problem, none, none, zero, zero[1:], zero[:0])
-    replicates = problem.num_slots > num_experts and problem.dispatch == "alltoall"
+    replicates = spare and problem.dispatch != "coherent"
     stride = -(-len(problem.tokens) // (REPLICA_TOKENS if replicates else MOST_TOKENS))
     workload = problem.token_workload[::stride]
     kept = np.argsort(workload, kind="stable")

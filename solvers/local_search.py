@@ -205,7 +205,8 @@ def _worth(search: Search, caps: Caps) -> float:
 def caps_of(problem: Problem, layers: Layers) -> Caps:
     """What the problem's objective and limits come to for a choice."""
     floor = 0.0
-    if problem.objective == "balance" or not layers.has_tokens:
+    balance_only = problem.objective == "balance" or problem.dispatch == "allgather"
+    if balance_only or not layers.has_tokens:
         floor = BALANCE_PRICE
     elif problem.objective == "latency":
         assert problem.tokens is not None
@@ -220,8 +221,8 @@ def caps_of(problem: Problem, layers: Layers) -> Caps:
 def local_search(problem: Problem, seed: int, budget: Budget) -> Solution:
     """Anneals traffic, load and replicas together on exact token bitsets, under a cap on imbalance.
 
-    Redundant slots are filled with replicas under alltoall and coherent dispatch. A placement in
-    use that is allowed comes back where nothing better was found.
+    Redundant slots are filled with replicas for the tokens that choose them. A placement in use
+    that is allowed comes back where nothing better was found.
     """
     from solvers import coherent
 

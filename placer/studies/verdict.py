@@ -48,11 +48,10 @@ def _from_plans(deep: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
     figure = deep["headline"]
     if figure != "imbalance":
         change = held_out["change"][figure]
-        imbalance = held_out["plan"]["imbalance"]["value"]
-        before = held_out["contiguous"]["imbalance"]["value"]
         reasons["traffic"] = (
             f"{_percent(change)} messages than contiguous on held-out requests, imbalance "
-            f"{imbalance:.2f} ({before:.2f})"
+            f"{_known(held_out['plan']['imbalance'])} "
+            f"({_known(held_out['contiguous']['imbalance'])})"
         )
         certain = change["change"] is not None and (change["change_high"] or 0.0) <= 0
         if certain and -change["change"] > WORTH:
@@ -131,6 +130,11 @@ def _decode(routing: Mapping[str, Any], overall: Mapping[str, Any]) -> dict[str,
         "decode": f"a batch of {size} tokens reads {entry['activated']['value']:.0f} of the "
         f"{overall['num_experts']} experts, {entry['tokens_per_expert'] or 0:.1f} tokens each"
     }
+
+
+def _known(figure: Mapping[str, Any]) -> str:
+    """Two digits; held-out tokens without load have no imbalance."""
+    return "unknown" if figure["value"] is None else f"{figure['value']:.2f}"
 
 
 def _percent(change: Mapping[str, Any]) -> str:

@@ -220,5 +220,6 @@ def test_one_rank_and_a_trace_without_load_can_be_shown_too(used, tmp_path):
     succeeds("report", tmp_path / "plan.json", tmp_path / "t.npz", "-o", tmp_path / "r.html")
     assert "<svg" in (tmp_path / "r.html").read_text()
     succeeds("analyze", tmp_path / "t.npz", "--gpus", "1,2")
+    succeeds("analyze", tmp_path / "t.npz", "--gpus", "2", "--deep")
     succeeds("compare", tmp_path / "t.npz", "--gpus", 2, "--solvers", "contiguous,random")
     succeeds("sweep", tmp_path / "t.npz", "--gpus", "1,2", "-o", tmp_path / "sweep", "--jobs", 1)
