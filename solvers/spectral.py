@@ -1,7 +1,8 @@
 """Spectral clustering of a weighted graph, small and deterministic for a generator.
 
 Normalised Laplacian D^-1/2 A D^-1/2, its k leading eigenvectors as coordinates, rows scaled to
-length 1, then k-means with k-means++ starts. O(n^3). Source: Ng, Jordan and Weiss, On Spectral
+length 1, then k-means with k-means++ starts. Items without affinity to any other have no
+coordinates and go to the smallest clusters. O(n^3). Source: Ng, Jordan and Weiss, On Spectral
 Clustering, NIPS 2001.
 """
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 NUM_STARTS = 8
 MAX_ROUNDS = 50
+ROUNDING = 1e-9  # a shorter row is none: what is in it is the error of the eigenvectors
 
 Matrix = NDArray[np.float64]
 
@@ -25,14 +27,25 @@ def spectral_clusters(
         affinity: [n, n] symmetric, non-negative, 0 on the diagonal.
         num_clusters: k.
     """
+    degree = affinity.sum(axis=1)
+    lone = degree <= 0
+    if lone.any():
+        clusters = np.zeros(lone.size, np.int64)
+        linked = np.ix_(~lone, ~lone)
+        clusters[~lone] = spectral_clusters(affinity[linked], num_clusters, rng)
+        size = np.bincount(clusters[~lone], minlength=num_clusters)
+        for item in np.nonzero(lone)[0]:
+            clusters[item] = size.argmin()
+            size[clusters[item]] += 1
+        return clusters
     num_items = len(affinity)
     if num_clusters == 1 or num_items <= num_clusters:
         return np.arange(num_items) % num_clusters
-    degree = np.maximum(affinity.sum(axis=1), 1e-12)
     scaled = affinity / np.sqrt(degree[:, None] * degree[None, :])
     _, vectors = np.linalg.eigh(scaled)
     points = vectors[:, -num_clusters:]
-    points = points / np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
+    length = np.linalg.norm(points, axis=1, keepdims=True)
+    points = np.where(length > ROUNDING, points / np.maximum(length, ROUNDING), 0.0)
     best, best_cost = np.zeros(num_items, np.int64), np.inf
     for _ in range(NUM_STARTS):
         clusters, cost = _k_means(points, num_clusters, rng)

@@ -52,6 +52,29 @@ def test_spectral_clustering_finds_blocks(num_clusters):
     assert len(set(zip(found.tolist(), blocks.tolist(), strict=True))) == num_clusters
 
 
+@pytest.mark.parametrize("noise", [1, 2, 3])
+def test_rounding_of_eigenvectors_decides_nothing(noise, monkeypatch):
+    """Processors round differently; an expert that no token chose has no direction to round."""
+    rng = np.random.default_rng(noise)
+    affinity = rng.integers(0, 3, (20, 20)).astype(float)
+    affinity = affinity + affinity.T
+    np.fill_diagonal(affinity, 0)
+    affinity[[3, 17]] = affinity[:, [3, 17]] = 0
+
+    def clusters():
+        return spectral_clusters(affinity, 4, np.random.default_rng(0)).tolist()
+
+    exact = clusters()
+    eigh = np.linalg.eigh
+
+    def rounded(matrix):
+        values, vectors = eigh(matrix)
+        return values, vectors + 1e-15 * rng.standard_normal(vectors.shape)
+
+    monkeypatch.setattr(np.linalg, "eigh", rounded)
+    assert [clusters() for _ in range(5)] == [exact] * 5
+
+
 def test_spectral_clustering_of_nothing_is_sound():
     for num_items, num_clusters in itertools.product(range(1, 6), range(1, 6)):
         affinity = np.zeros((num_items, num_items))
