@@ -187,9 +187,7 @@ def _imbalance(problem: Problem, rank_load: NDArray[Any]) -> NDArray[np.float64]
 def _over_scenarios(problem: Problem, rank_load: NDArray[Any]) -> float:
     """Imbalance of rank loads [C, L, G]: means over layers and scenarios, workloads by `robust`."""
     of_scenario = _imbalance(problem, problem.judged(rank_load)).mean(axis=1)
-    workload = problem.workload
-    if workload is None:
-        return float(of_scenario.mean())
+    workload = problem.workload_of_judged
     of_workload = np.bincount(workload, of_scenario) / np.bincount(workload)
     return float(problem.aggregate(of_workload))
 

@@ -29,8 +29,13 @@ from solvers.result import RequestError, Result, Solution
 from solvers.selection import Caps
 from solvers.solving import PROOF_SHARE, capped_imbalance, ctrl_c_stops, result_of
 
-NUM_POINTS, NUM_ANNEALED = 30, 12  # of which prices candidates are sought at
+NUM_POINTS, NUM_ANNEALED = 36, 12  # of which prices candidates are sought at
 COHERENT_PRICES = (0.0, 0.3, 0.7, 1.5, 3.0, 6.0, 12.0, 25.0, 60.0)
+FIRST_SHARE = 0.5  # of the least imbalance above 1 that the first step is a fixed share of
+RESTARTS = 1  # anneals for least traffic alone in each round; imbalance has no part in them
+# Whose placements are candidates too, whether or not slots are spare: some to balance, some to save
+# traffic. The choice between them and what was annealed is by the same figures.
+LENDERS = (*local_search.LENDERS, "grace_moe", "occult")
 MOVE_TRIES = 5  # prices of a move at each price of imbalance, where moves are limited
 SEARCH = "local_search"
 
@@ -51,7 +56,12 @@ def frontier(problem: Problem, seed: int = 0, budget: Budget | None = None) -> l
     """
     if problem.tokens is None or problem.dispatch == "allgather":
         raise RequestError("a frontier needs tokens, and a dispatch whose traffic can be less")
-    problem = replace(problem, max_imbalance=None, objective="traffic")
+    problem = replace(
+        problem,
+        max_imbalance=None,
+        objective="traffic",
+        resampled=problem.dispatch == "alltoall",
+    )
     budget = budget or Budget()
     with ctrl_c_stops(budget):
         if budget.seconds is not None:
@@ -74,17 +84,21 @@ def frontier(problem: Problem, seed: int = 0, budget: Budget | None = None) -> l
 def _separable(layers: Layers, seed: int, budget: Budget) -> list[list[Slots]]:
     problem = layers.problem
     limits = Caps(moves=problem.max_moves, slots=problem.slot_budget)
-    search = local_search.Search(layers, seed, budget)
+    search = local_search.Search(layers, seed, budget, lenders=LENDERS)
     search.begin(0.0, True, NUM_ANNEALED)
 
     def caps(count: int) -> list[Caps]:
         """Spread over what is possible, denser where imbalance is low."""
         least, most = search.imbalance(replace(limits, imbalance=1.0)), search.imbalance(limits)
-        above = np.geomspace(max(least - 1, 1e-3), max(most - 1, 2e-3), count)
-        return [replace(limits, imbalance=1 + float(value)) for value in above]
+        first = FIRST_SHARE * max(least - 1, 1e-3)
+        above = np.geomspace(first, first + max(most - least, 1e-3), count) - first
+        return [replace(limits, imbalance=least + float(value)) for value in above]
 
+    free = layers.uniform_prices(0.0)
     for number in range(local_search.ROUNDS):
         search.improve(caps(NUM_ANNEALED), warm=number > 0)
+        if limits.moves is None:
+            search.extend([free] * RESTARTS, search.layers.proposals)
     return [search.placement(cap) for cap in caps(NUM_POINTS)]
 
 

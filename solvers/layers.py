@@ -37,7 +37,7 @@ class Candidate:
         slots: [S] expert of each slot, -1 = empty.
         traffic: [workloads] messages per token, at their prices; see `Layers.counts_homes`.
         imbalance: [workloads] max / mean rank load, averaged over the workload's scenarios; with
-            folds over what is left of the workload without each.
+            folds over what is left of the workload without each, or over halves of it.
         moves: copies on ranks that did not hold them.
         width: slots per rank that the layer was given.
     """
@@ -120,7 +120,7 @@ class Layers:
 
     @cached_property
     def judged_loads(self) -> Floats:
-        """[L, C, E + 1] likewise, of what the cap on imbalance is about."""
+        """[L, R, E + 1] likewise, of what the cap on imbalance is about."""
         problem = self.problem
         if problem.scenario_load is None or not problem.folds:
             return self.loads
@@ -149,14 +149,15 @@ class Layers:
         if not problem.folds:
             return problem.workload_of_scenarios
         whole = np.arange(problem.num_workloads)
-        return np.append(whole, problem.workload_of_scenarios) if self.coupled else whole
+        return np.append(whole, problem.workload_of_judged) if self.coupled else whole
 
     @cached_property
     def shares(self) -> Floats:
         """[C] what a row of `loads` counts for in its workload's imbalance; sum 1 for each."""
         if self.problem.folds and self.coupled:  # half the whole, half what is left without folds
-            parts = 0.5 / np.bincount(self.workload[self.problem.num_workloads :])
-            return np.append(np.full(parts.size, 0.5), parts[self.problem.workload_of_scenarios])
+            judged = self.problem.workload_of_judged
+            parts = 0.5 / np.bincount(judged)
+            return np.append(np.full(parts.size, 0.5), parts[judged])
         return 1.0 / np.bincount(self.workload)[self.workload]
 
     @cached_property
@@ -428,7 +429,7 @@ class Layers:
         """[workloads] what the cap is about, of a layer whose experts have a copy each."""
         num_ranks = self.problem.num_ranks
         rows = self.judged_loads[layer][:, slots].reshape(-1, num_ranks, slots.size // num_ranks)
-        return self._imbalance(rows.sum(axis=2), self.problem.workload_of_scenarios)
+        return self._imbalance(rows.sum(axis=2), self.problem.workload_of_judged)
 
     @property
     def balances_evenly(self) -> bool:
@@ -449,7 +450,7 @@ class Layers:
         problem = self.problem
         if problem.scenario is None:  # of one workload
             return self._imbalance(served, np.zeros(1, np.int64))
-        return self._imbalance(problem.judged(served), problem.workload_of_scenarios)
+        return self._imbalance(problem.judged(served), problem.workload_of_judged)
 
     def _imbalance(self, load: Floats, workload: NDArray[np.int64]) -> Floats:
         """[workloads] imbalance from rank loads [C, G] in any unit, and the workload of each."""

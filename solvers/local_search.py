@@ -56,7 +56,12 @@ WARM = 0.25  # of the first temperature, when an anneal goes on from a good plac
 
 @dataclass(eq=False)
 class Search:
-    """The candidates of every layer, found so far."""
+    """The candidates of every layer, found so far.
+
+    Attributes:
+        lenders: solvers whose placements are candidates from the beginning, beside LENDERS where
+            there are replicas to place.
+    """
 
     layers: Layers
     seed: int
@@ -64,6 +69,7 @@ class Search:
     pools: list[list[Candidate]] = field(default_factory=list)
     rounds: int = 0
     around: Sequence[float] = AROUND
+    lenders: Sequence[str] = ()
 
     @property
     def problem(self) -> Problem:
@@ -111,11 +117,10 @@ class Search:
         self.extend(wanted, self.layers.proposals // LADDER_SHARE)
 
     def borrow(self) -> None:
-        """What published methods make of the replicas, to go on from."""
-        if not self.layers.replicates:
-            return
+        """What published methods make of the problem, to go on from."""
+        names = dict.fromkeys((*(LENDERS if self.layers.replicates else ()), *self.lenders))
         width = self.problem.slots_per_rank
-        for placement in borrowed(self.problem, LENDERS, self.seed, self.budget):
+        for placement in borrowed(self.problem, names, self.seed, self.budget):
             for layer, slots in enumerate(placement):
                 self.pools[layer].append(self.layers.candidate(layer, slots, width))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +14,9 @@ from solvers.result import InfeasibleProblem
 Dispatch = Literal["alltoall", "coherent", "allgather"]
 Objective = Literal["traffic", "balance", "latency", "affinity", "coactivation"]
 Robust = Literal["mean", "worst", "cvar"]
+
+NUM_FOLDS = 3  # that the parts of a workload's requests are dealt out to
+NUM_PARTS = 24  # of a workload's requests, where they are many enough to resample
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -43,8 +47,11 @@ class Problem:
             there are any (with `folds`, over what is left without each); None = no cap.
         scenario_load: [C, L, E] load in each scenario that balance is asked of: batches, workloads,
             or folds of the requests.
-        folds: the scenarios are folds of each workload's requests. Balance is asked of what is left
-            of a workload without each of them, so that the chance of the sample is seen.
+        folds: the scenarios are parts of each workload's requests, dealt out in turn to three folds
+            (or two of two). Balance is asked of what is left of a workload without each fold, so
+            that the chance of the sample is seen.
+        resampled: with `folds`, and 24 parts of each workload: balance is asked of balanced halves
+            of them instead, which scatter about the whole as the whole does about the truth.
         scenario: [T] scenario of each of `tokens`; with redundant slots or several workloads it
             goes with scenario_load.
         workload: [C] workload that each scenario belongs to, 0..W-1; None = all to one. A plan for
@@ -95,6 +102,7 @@ class Problem:
     num_groups: int = 1
     scenario_load: NDArray[np.float64] | None = None
     folds: bool = False
+    resampled: bool = False
     scenario: NDArray[np.int64] | None = None
     workload: NDArray[np.int64] | None = None
     robust: Robust = "mean"
@@ -290,11 +298,32 @@ class Problem:
         return total
 
     def judged(self, loads: NDArray[Any]) -> NDArray[Any]:
-        """[C, ...] the loads that balance is asked of, from those of the scenarios [C, ...]."""
+        """[R, ...] the loads that balance is asked of, from those of the scenarios [C, ...]."""
         if not self.folds:
             return loads
-        left: NDArray[Any] = self.of_workloads(loads)[self.workload_of_scenarios] - loads
-        return left
+        summed: NDArray[Any] = np.tensordot(self._judging[0], loads, axes=1)
+        return summed
+
+    @property
+    def workload_of_judged(self) -> NDArray[np.int64]:
+        """[R] workload of each of the loads that balance is asked of."""
+        return self._judging[1] if self.folds else self.workload_of_scenarios
+
+    @cached_property
+    def _judging(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """[R, C] 1 where a judged sample holds a scenario; [R] the workload of each sample."""
+        workload = self.workload_of_scenarios
+        halved = self.resampled and bool((np.bincount(workload) == NUM_PARTS).all())
+        rows = []
+        for number in range(self.num_workloads):
+            own = np.nonzero(workload == number)[0]
+            fold = np.arange(own.size) % NUM_FOLDS
+            held = balanced_halves() if halved else np.unique(fold)[:, None] != fold
+            whole = np.zeros((len(held), workload.size))
+            whole[:, own] = held
+            rows.append(whole)
+        of_row = np.repeat(np.arange(self.num_workloads), [len(own) for own in rows])
+        return np.concatenate(rows), of_row
 
     @property
     def token_workload(self) -> NDArray[np.int64]:
@@ -331,6 +360,20 @@ class Problem:
         else:
             combined = figures.mean(axis=-1)
         return combined
+
+
+def balanced_halves() -> NDArray[np.bool_]:
+    """[46, 24] which of 24 parts each half holds: 12 of them, two parts together in 11 of 23.
+
+    The mean over halves of a quadratic function of their loads is the same as over all halves
+    (balanced repeated replication: McCarthy, Pseudo-replication: half samples, 1969). Rows of a
+    Hadamard matrix (Paley, 1933) and their complements.
+    """
+    prime = NUM_PARTS - 1
+    squares = np.isin(np.arange(prime), np.arange(1, prime) ** 2 % prime)
+    shifted = (np.arange(prime)[None, :] - np.arange(prime)[:, None]) % prime
+    half = np.pad(squares[shifted], ((0, 0), (0, 1)), constant_values=True)
+    return np.concatenate([half, ~half])
 
 
 def num_worse(num_workloads: int) -> int:

@@ -22,10 +22,9 @@ from placer.trace.model import Trace
 from placer.trace.source import TraceSource
 from placer.trace.split import scramble
 
-FOLDS = 3
 LEAST_REQUESTS = 8  # of a fold; with fewer, the maximum is noise
 BATCH_TOKENS = 256
-MOST_BATCHES = 48
+LEAST_BATCHES, MOST_BATCHES = 3, 48
 UNLABELLED = "(no label)"
 
 
@@ -84,6 +83,8 @@ def request_scenarios(source: TraceSource, settings: Settings) -> Scenarios | No
     Raises:
         UsageError: workloads are asked for and there is one only.
     """
+    from solvers.problem import NUM_FOLDS, NUM_PARTS
+
     requests = source.request_ids()
     names: tuple[str, ...] = ()
     workload = np.zeros(requests.size, np.int64)
@@ -97,16 +98,17 @@ def request_scenarios(source: TraceSource, settings: Settings) -> Scenarios | No
     folds, fold = 1, np.zeros(requests.size, np.int64)
     if settings.averaged_over == "requests":
         fewest = int(np.bincount(workload).min())
-        folds = max(1, min(FOLDS, fewest // LEAST_REQUESTS))
+        folds = max(1, min(NUM_FOLDS, fewest // LEAST_REQUESTS))
+        parts = NUM_PARTS if folds == NUM_FOLDS else folds  # of which folds are made
         for number in range(int(workload.max()) + 1):  # equal shares of every workload
             own = np.nonzero(workload == number)[0]
             order = own[np.argsort(scramble(requests[own], settings.seed))]
-            fold[order] = np.arange(own.size) % folds
-    key = workload * FOLDS + fold
+            fold[order] = np.arange(own.size) % parts
+    key = workload * NUM_PARTS + fold
     distinct, scenario = np.unique(key, return_inverse=True)
     if distinct.size == 1:
         return None
-    of_scenario = distinct // FOLDS if settings.robust is not None else None
+    of_scenario = distinct // NUM_PARTS if settings.robust is not None else None
     load = _loads(source, requests, scenario, distinct.size)
     return Scenarios(load, folds > 1, requests, scenario, of_scenario, names)
 
@@ -136,7 +138,7 @@ def batch_scenarios(source: TraceSource, settings: Settings) -> Scenarios | None
     distinct, of_token, size = np.unique(number, return_inverse=True, return_counts=True)
     whole = np.nonzero(2 * size >= np.median(size))[0]  # not the last, cut short
     most = int(settings.profile_tokens // max(1.0, float(np.mean(size[whole]))))
-    most = min(MOST_BATCHES, max(most, FOLDS), whole.size)
+    most = min(MOST_BATCHES, max(most, LEAST_BATCHES), whole.size)
     if most < 2:
         return None
     drawn = whole[np.argsort(scramble(distinct[whole], settings.seed))[:most]]

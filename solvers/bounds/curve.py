@@ -176,7 +176,7 @@ def rank_loads(problem: Problem, layer: int) -> RankLoads:
     loads = problem.load[None]
     if problem.scenario_load is not None:
         loads = problem.judged(problem.scenario_load)
-    number, workload = len(loads), problem.workload_of_scenarios
+    number, workload = len(loads), problem.workload_of_judged
     weight = 1 / np.bincount(workload)[workload] / problem.num_workloads
     here = loads[:, layer]
     mean = here.sum(axis=1) / problem.num_ranks

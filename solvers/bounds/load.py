@@ -61,11 +61,8 @@ def scenario_imbalance_bound(problem: Problem) -> float:
 
 def _over_scenarios(problem: Problem, loads: Floats) -> float:
     found = np.array([imbalance_bound(problem, load) for load in problem.judged(loads)])
-    if problem.workload is None:
-        return float(found.mean())
-    return float(
-        problem.aggregate(np.bincount(problem.workload, found) / np.bincount(problem.workload))
-    )
+    workload = problem.workload_of_judged
+    return float(problem.aggregate(np.bincount(workload, found) / np.bincount(workload)))
 
 
 def _pairs_of_scenarios(problem: Problem) -> Floats:

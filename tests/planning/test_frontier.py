@@ -48,6 +48,20 @@ def test_the_ends_are_as_good_as_solving_for_one_thing_alone(source):
     assert solvers.capped_imbalance(results[0].parts) < solvers.capped_imbalance(spread.parts)
 
 
+@pytest.mark.parametrize("slots", [None, 9])
+def test_the_frontier_begins_no_less_balanced_than_a_load_only_plan(source, slots):
+    settings = Settings(num_ranks=4, slots_per_rank=slots)
+    problem = build_problem(source, settings, lambda _: None)
+    results = solvers.frontier(problem)
+    judged = replace(problem, resampled=True)
+    for name in ("eplb_global", "flashlb", "swift"):
+        published = solvers.solve(judged, name)
+        balance = solvers.capped_imbalance(published.parts)
+        assert solvers.capped_imbalance(results[0].parts) <= balance + 1e-9
+        near = [r for r in results if solvers.capped_imbalance(r.parts) <= balance + 0.01]
+        assert min(result.objective for result in near) <= published.objective
+
+
 def test_the_knee_saves_most_for_what_it_gives_up(frontier):
     ends = frontier.points[0].fitted, frontier.points[-1].fitted
 

@@ -12,6 +12,7 @@ from solver_cases import make_problem, random_placement, topic_tokens
 
 from solvers import Problem
 from solvers.check import check, objective
+from solvers.problem import balanced_halves
 
 NUM_RANKS = 4
 
@@ -76,6 +77,53 @@ def test_balance_over_folds_is_that_of_what_is_left_without_each():
     found = check(replace(problem, folds=True), placement)["imbalance_scenarios"]
     expected = check(replace(problem, scenario_load=left), placement)["imbalance_scenarios"]
     assert found == pytest.approx(expected, rel=1e-12)
+
+
+def in_parts(workload=None, **others):
+    """A problem whose tokens lie in 24 parts of each workload, one after another."""
+    problem = split_problem(3)
+    count = 24 if workload is None else len(workload)
+    scenario = np.arange(len(problem.tokens)) % count
+    load = np.zeros((count, *problem.load.shape))
+    row, layer, column = np.nonzero(problem.tokens >= 0)
+    np.add.at(load, (scenario[row], layer, problem.tokens[row, layer, column]), 1)
+    return replace(
+        problem, scenario_load=load, scenario=scenario, workload=workload, folds=True, **others
+    )
+
+
+def test_parts_are_dealt_out_to_three_folds():
+    problem = in_parts()
+    folds = problem.scenario_load.reshape(8, 3, *problem.load.shape).sum(axis=0)
+    expected = replace(problem, scenario_load=folds, scenario=problem.scenario % 3)
+    placement = random_placement(problem, np.random.default_rng(3))
+    found = check(problem, placement)["imbalance_scenarios"]
+    assert found == pytest.approx(check(expected, placement)["imbalance_scenarios"], rel=1e-12)
+
+
+def test_halves_scatter_about_the_whole_as_the_whole_does_about_the_truth():
+    half = balanced_halves()
+    assert (half.sum(axis=1) == 12).all()
+    assert (half.sum(axis=0) == 23).all()
+    parts = np.random.default_rng(0).exponential(size=24)
+    found = np.mean((half @ parts / 12 - parts.mean()) ** 2)
+    assert found == pytest.approx(parts.var(ddof=1) / 24, rel=1e-12)
+
+
+@pytest.mark.parametrize("workload", [None, np.repeat([0, 1], 24)])
+def test_resampled_balance_is_that_of_halves_of_the_requests(workload):
+    problem = in_parts(workload, resampled=True)
+    placement = random_placement(problem, np.random.default_rng(3))
+    loads = problem.scenario_load.reshape(-1, 24, *problem.load.shape)
+    halves = np.concatenate([[own[half].sum(axis=0) for half in balanced_halves()]
+                             for own in loads])  # fmt: skip
+    each = replace(
+        problem, folds=False, scenario_load=halves, scenario=np.zeros_like(problem.scenario),
+        workload=None,
+    )  # fmt: skip
+    found = check(problem, placement)["imbalance_scenarios"]
+    assert found == pytest.approx(sum(imbalances(each, placement)) / len(halves), rel=1e-12)
+    assert problem.workload_of_judged.shape == (len(halves),)
 
 
 def test_a_workload_needs_two_folds():
