@@ -82,7 +82,7 @@ def test_bound_is_never_below_the_best_of_all_placements(seed, blocks, shape, it
     proof = bound_kept(chain, Budget(), iterations)
     assert proof.kept >= best * (1 - 1e-12)
     if iterations == 60:
-        assert proof.kept <= best * 1.35 + 0.01 * chain.together.sum()
+        assert proof.kept <= best * 1.35 + 0.03 * chain.together.sum()
 
 
 @settings(max_examples=20, deadline=None)
