@@ -4,6 +4,12 @@ What a placement costs is what `solvers.replica_pricing` says. A proposal recomp
 ranks that it touches, and the replicated experts there:
 O((slots_per_rank + copies there) T / 64 + copies of all replicated experts).
 
+Two in three proposals are refused after the rows, which are a third of the work: what they and the
+loads of single-copy experts come to is known by then, and the rest, about replicated experts,
+seldom makes up for much. How much it does is learnt while annealing: a margin beyond which one in
+50 of those that would be accepted lies, held there by measuring one in 16 of those beyond it all
+the same (stochastic approximation of a quantile: Robbins and Monro, 1951).
+
 Shape letters: E experts, G ranks, R = G or G + nodes rows, S slots, T tokens,
 W = ceil(T / 64) words, C copies, M = ceil(G / 64) words.
 """
@@ -19,11 +25,13 @@ from solvers.anneal import below, count_bits, seeded, unevenness, uniform
 from solvers.compiling import compiled, compiled_lean
 from solvers.copies import common_ranks, has_copy, move_copy, new_copies
 from solvers.replica_pricing import (
+    change_row,
     copy_row,
     count_exclusive,
     cover_ranks,
     cover_single,
     differ,
+    exchange_row,
     fill_load,
     free_tokens,
     met,
@@ -38,16 +46,29 @@ Layer = namedtuple(
     "bits segments token_prices groups row_prices loads load_prices fair held free hot "
     "row_of tokens",
 )
-# What rows, experts and ranks come to: once [R, W] tokens that a row's single-copy experts cover,
-# row_cost [R]; bare [E, W] free tokens of a replicated expert, exclusive [E, G] tokens that only
-# one copy covers, uncovered [levels, E] what the free ones cost, saved [E] what they save by
-# meeting; single [C, G] load of single-copy experts over the mean and a rank's fair share.
-Figures = namedtuple("Figures", "once row_cost bare exclusive uncovered saved single")
-# What a proposal concerns: touched [G] ranks, mark [R] the last step that changed the row; changed
-# [2] experts, -1 = none, and masks [2, M] of where they were; stale [levels + 1, E] experts to be
-# measured again at each level, at last those whose savings are; num_stale [levels + 1].
-Concern = namedtuple("Concern", "touched mark changed masks stale num_stale")
-Scratch = namedtuple("Scratch", "rows rank_load split pull")
+# What rows, experts and ranks come to: once [R, W] tokens that a row's single-copy experts cover;
+# twice [R, W] those that two of them, or two of a node's ranks, cover in the state that the anneal
+# is in; row_cost [R]; bare [E, W] free tokens of a replicated expert, exclusive [E, G] tokens that
+# only one copy covers, uncovered [levels, E] what the free ones cost, saved [E] what they save by
+# meeting; single [C, G] load of single-copy experts over the mean and a rank's fair share;
+# believed [C, G] load of each rank in the state that the anneal is in.
+Figures = namedtuple(
+    "Figures", "once twice row_cost bare exclusive uncovered saved single believed"
+)
+# What a proposal concerns: touched [G] ranks, mark [R] the last step that changed the row; leaving,
+# arriving [G] the expert that a touched rank loses or gets as a single-copy one, E = none; changed
+# [2] experts, -1 = none; of these num_were [2] copies before, were [2, C] where, masks [2, M] as
+# bits; stale [levels + 1, E] experts to be measured again at each level, at last those whose
+# savings are; num_stale [levels + 1].
+Concern = namedtuple(
+    "Concern", "touched mark leaving arriving changed num_were were masks stale num_stale"
+)
+# screen [2, 2] of proposals about single-copy experts only, and others: margin that the rest may
+# make up for, and how much the rest changes on average
+Scratch = namedtuple("Scratch", "rows rank_load split pull screen")
+
+KEPT, RATE, MEASURED = 0.98, 0.03, 16  # of the screen, see the module's docstring
+UNSCREENED, SPREAD_RATE = 100, 0.002  # steps before the first margin
 
 
 @compiled
@@ -107,16 +128,21 @@ def anneal_layer_replicas(
     concern = Concern(
         np.zeros(num_ranks, np.int64),
         np.full(row_prices.size, -1, np.int64),
+        np.zeros(num_ranks, np.int64),
+        np.zeros(num_ranks, np.int64),
         np.full(2, -1, np.int64),
+        np.zeros(2, np.int64),
+        np.zeros((2, most), np.int64),
         np.zeros((2, copies.mask.shape[1]), np.uint64),
         np.zeros((levels + 1, num_experts), np.int64),
         np.zeros(levels + 1, np.int64),
     )
     scratch = Scratch(
         np.zeros((2, words), np.uint64),
-        np.zeros(num_ranks, np.float64),
+        np.zeros((loads.shape[0], num_ranks), np.float64),
         np.zeros((num_experts, most), np.float64),
         np.zeros(most, np.float64),
+        np.array([[1e300, 0.0], [1e300, 0.0]]),
     )
     best_slots = slots.copy()
     if free.size < 2:
@@ -136,11 +162,13 @@ def _new_figures(layer: Any, num_scenarios: int) -> Any:
     num_rows = layer.row_prices.size
     return Figures(
         np.zeros((num_rows, words), np.uint64),
+        np.zeros((num_rows, words), np.uint64),
         np.zeros(num_rows, np.float64),
         np.zeros((num_experts, words), np.uint64),
         np.zeros((num_experts, num_ranks), np.int64),
         np.zeros((levels, num_experts), np.float64),
         np.zeros(num_experts, np.float64),
+        np.zeros((num_scenarios, num_ranks), np.float64),
         np.zeros((num_scenarios, num_ranks), np.float64),
     )
 
@@ -160,10 +188,15 @@ def _anneal(
             moves += 1
     for rank in range(num_ranks):
         concern.touched[rank] = rank
-    cost = measured(
-        layer, copies, figures, old, concern, scratch, slots, 0, num_ranks, steering, 0.0, 1e300
-    )
-    cost += move_price * moves
+    settle_rows(layer, copies, figures, concern, slots, num_ranks)
+    rows = 0.0
+    for row in range(figures.row_cost.size):
+        price_row(layer, figures, row)
+        rows += figures.row_cost[row]
+    measure_single(layer, copies, figures, old, concern, slots, num_ranks)
+    others, load = measure_rest(layer, copies, figures, old, concern, scratch, 0, steering, 1e300)
+    copy_loads(scratch.rank_load, figures.believed)
+    cost = rows + others + load + move_price * moves
     best = cost
     for step in range(1, proposals + 1):
         if step & 63 == 1 and stop[0] != 0:
@@ -173,19 +206,67 @@ def _anneal(
         if slot_a < 0:
             continue
         allowed = cost - temperature * np.log(uniform(state) + 1e-300)
-        new_cost = measured(
-            layer, copies, figures, old, concern, scratch, slots, step, num_touched, steering,
-            move_price * (moves + moved), allowed,
-        )  # fmt: skip
+        new_rows = measure_rows(layer, figures, old, concern, step, num_touched)
+        measure_single(layer, copies, figures, old, concern, slots, num_touched)
+        spent = new_rows + move_price * (moves + moved)
+        load = guessed_load(layer, copies, figures, old, concern, scratch.rank_load)
+        excess = spent + load + others - allowed
+        screen = scratch.screen[about_replicas(copies, concern)]
+        if refused(screen, excess, state):
+            concern.num_stale[:] = 0
+            undo(layer, copies, figures, old, concern, slots, slot_a, slot_b, num_touched)
+            continue
+        new_others, new_load = measure_rest(
+            layer, copies, figures, old, concern, scratch, step, steering, allowed - spent
+        )
+        new_cost = spent + new_others + new_load
+        learn(screen, excess, new_cost - allowed, step)
         if new_cost > allowed:
             undo(layer, copies, figures, old, concern, slots, slot_a, slot_b, num_touched)
             continue
-        cost = new_cost
+        cost, others = new_cost, new_others
+        settle_rows(layer, copies, figures, concern, slots, num_touched)
+        copy_loads(scratch.rank_load, figures.believed)
         moves += moved
         if cost < best - 1e-12:
             best = cost
             copy_row(slots, best_slots)
     return best
+
+
+@compiled_lean
+def about_replicas(copies: Any, concern: Any) -> Any:
+    """1 if a changed expert has or had several copies, 0 if not."""
+    for i in range(2):
+        expert = concern.changed[i]
+        if expert >= 0 and (concern.num_were[i] > 1 or copies.count[expert] > 1):
+            return 1
+    return 0
+
+
+@compiled_lean
+def refused(screen: Any, excess: float, state: Any) -> Any:
+    """Whether a proposal is refused unmeasured: the rest would have to make up for `excess`."""
+    return excess > screen[0] and below(state, MEASURED) != 0
+
+
+@compiled_lean
+def learn(screen: Any, excess: float, measured: float, step: int) -> None:
+    """From a proposal that was measured: how much it exceeds what is allowed, and seemed to."""
+    rate = 1.0 / step if screen[0] >= 1e300 else SPREAD_RATE
+    screen[1] += rate * (abs(measured - excess) - screen[1])
+    if screen[0] >= 1e300:
+        if step >= UNSCREENED:
+            screen[0] = 0.5 * screen[1]
+    elif measured <= 0:
+        kept = excess <= screen[0]
+        screen[0] += RATE * screen[1] * (KEPT - 1.0 if kept else KEPT * MEASURED)
+
+
+@compiled_lean
+def copy_loads(source: Any, target: Any) -> None:
+    for scenario in range(source.shape[0]):
+        copy_row(source[scenario], target[scenario])
 
 
 @compiled_lean
@@ -223,7 +304,9 @@ def proposed(layer: Any, copies: Any, concern: Any, slots: Any, state: Any, step
         expert = concern.changed[i]
         if expert >= 0:
             copy_row(copies.mask[expert], concern.masks[i])
-            num_touched = touch_single(copies, expert, step, concern, num_touched)
+            copy_row(copies.ranks[expert], concern.were[i])
+            concern.num_were[i] = copies.count[expert]
+            num_touched = touch_single(copies, expert, step, concern, num_touched, concern.leaving)
             moved -= misplaced(copies, expert, layer.held)
     move_copy(copies, expert_a, rank_a, rank_b)
     move_copy(copies, expert_b, rank_b, rank_a)
@@ -233,20 +316,27 @@ def proposed(layer: Any, copies: Any, concern: Any, slots: Any, state: Any, step
     for i in range(2):
         expert = concern.changed[i]
         if expert >= 0:
-            num_touched = touch_single(copies, expert, step, concern, num_touched)
+            num_touched = touch_single(copies, expert, step, concern, num_touched, concern.arriving)
             moved += misplaced(copies, expert, layer.held)
     return slot_a, slot_b, num_touched, moved
 
 
 @compiled_lean
-def touch_single(copies: Any, expert: int, step: int, concern: Any, num_touched: int) -> Any:
-    """Note the rank of a single-copy expert; the new number of ranks."""
-    rank = copies.ranks[expert, 0]
-    if copies.count[expert] != 1 or concern.mark[rank] == step:
+def touch_single(
+    copies: Any, expert: int, step: int, concern: Any, num_touched: int, change: Any
+) -> Any:
+    """Note the change [G] at the rank of a single-copy expert; the new number of ranks."""
+    if copies.count[expert] != 1:
         return num_touched
-    concern.mark[rank] = step
-    concern.touched[num_touched] = rank
-    return num_touched + 1
+    rank = copies.ranks[expert, 0]
+    if concern.mark[rank] != step:
+        concern.mark[rank] = step
+        concern.leaving[rank] = copies.count.size
+        concern.arriving[rank] = copies.count.size
+        concern.touched[num_touched] = rank
+        num_touched += 1
+    change[rank] = expert
+    return num_touched
 
 
 @compiled_lean
@@ -260,32 +350,102 @@ def misplaced(copies: Any, expert: int, held: Any) -> Any:
 
 
 @compiled_lean
-def measured(
-    layer: Any, copies: Any, figures: Any, old: Any, concern: Any, scratch: Any, slots: Any,
-    step: int, num_touched: int, steering: float, cost: float, allowed: float,
+def measure_rows(
+    layer: Any, figures: Any, old: Any, concern: Any, step: int, num_touched: int
+) -> Any:
+    """Measure the rows of touched ranks and of their nodes; the price of all rows."""
+    for i in range(num_touched):
+        rank = concern.touched[i]
+        old.row_cost[rank] = figures.row_cost[rank]
+        leaving, arriving = layer.bits[concern.leaving[rank]], layer.bits[concern.arriving[rank]]
+        exchange_row(figures.once[rank], figures.twice[rank], leaving, arriving, old.once[rank])
+        price_row(layer, figures, rank)
+    for level in range(1, layer.groups.size):
+        rows = layer.row_of[level]
+        for i in range(num_touched):
+            rank = concern.touched[i]
+            row = rows[rank]
+            first, last = of_row(rows, concern, num_touched, row)
+            if first != i:
+                continue
+            old.row_cost[row] = figures.row_cost[row]
+            covered, before = figures.once[row], old.once[row]
+            if first == last:
+                changed = change_row(
+                    covered, figures.twice[row], old.once[rank], figures.once[rank], before
+                )
+            else:
+                copy_row(covered, before)
+                cover_ranks(figures.once, rows, row, covered, old.twice[row])
+                changed = differ(covered, before)
+            if changed:
+                concern.mark[row] = step
+                price_row(layer, figures, row)
+    cost = 0.0
+    for row in range(figures.row_cost.size):
+        cost += figures.row_cost[row]
+    return cost
+
+
+@compiled_lean
+def of_row(rows: Any, concern: Any, num_touched: int, row: int) -> Any:
+    """The first and the last place of a touched rank whose row [G] is this one."""
+    first, last = num_touched, -1
+    for i in range(num_touched):
+        if rows[concern.touched[i]] == row:
+            first = min(first, i)
+            last = i
+    return first, last
+
+
+@compiled_lean
+def price_row(layer: Any, figures: Any, row: int) -> None:
+    covered = priced(figures.once[row], layer.segments, layer.token_prices)
+    figures.row_cost[row] = layer.row_prices[row] * covered
+
+
+@compiled_lean
+def settle_rows(
+    layer: Any, copies: Any, figures: Any, concern: Any, slots: Any, num_touched: int
+) -> None:
+    """Cover the rows of touched ranks and of their nodes anew, and twice."""
+    width = slots.size // layer.groups[0]
+    for i in range(num_touched):
+        rank = concern.touched[i]
+        once, twice = figures.once[rank], figures.twice[rank]
+        cover_single(layer.bits, slots, copies.count, rank * width, width, once, twice)
+    for level in range(1, layer.groups.size):
+        rows = layer.row_of[level]
+        for i in range(num_touched):
+            row = rows[concern.touched[i]]
+            if of_row(rows, concern, num_touched, row)[0] == i:
+                cover_ranks(figures.once, rows, row, figures.once[row], figures.twice[row])
+
+
+@compiled_lean
+def measure_rest(
+    layer: Any, copies: Any, figures: Any, old: Any, concern: Any, scratch: Any, step: int,
+    steering: float, allowed: float,
 ) -> Any:  # fmt: skip
-    """Measure what a proposal concerns, keeping the old values; everything at step 0.
+    """Measure the replicated experts that a proposal concerns, and the load; all at step 0.
 
     Args:
-        cost: of what is not measured.
-        allowed: cost above which the proposal is refused; it need not be exact there.
+        allowed: sum above which the proposal is refused; it need not be exact there.
 
     Returns:
-        The cost of the new state.
+        What the tokens of replicated experts cost, and the imbalance.
     """
-    cost += measure_rows(layer, copies, figures, old, concern, slots, step, num_touched)
     levels = layer.groups.size
     for level in range(levels):
         rows, stale = layer.row_of[level], concern.stale[level]
         concern.num_stale[level] = find_stale(copies, rows, concern, step, stale)
     measure_level(layer, copies, figures, old, concern, scratch.rows, 0)
     measure_saved(layer, copies, figures, old, concern, scratch.rows)
+    cost = 0.0
     for place in range(1, copies.listed[0] + 1):
         expert = copies.listed[place]
         cost += figures.uncovered[0, expert] - figures.saved[expert]
-    cost += measure_load(
-        layer, copies, figures, old, concern, scratch, slots, num_touched, steering
-    )
+    load = measure_load(layer, copies, figures, scratch, steering)
     # nodes last, and not at all where the rest is too much already
     for level in range(1, levels):
         known = 0
@@ -295,45 +455,13 @@ def measured(
                 known += 1
             else:
                 cost += figures.uncovered[level, expert]
-        if cost > allowed:
+        count = concern.num_stale[level]
+        if cost + load > allowed:
             concern.num_stale[level] = 0
         measure_level(layer, copies, figures, old, concern, scratch.rows, level)
-        for i in range(concern.num_stale[level]):
+        for i in range(count):
             cost += figures.uncovered[level, concern.stale[level, i]]
-    return cost
-
-
-@compiled_lean
-def measure_rows(
-    layer: Any, copies: Any, figures: Any, old: Any, concern: Any, slots: Any, step: int,
-    num_touched: int,
-) -> Any:  # fmt: skip
-    """Measure the rows of touched ranks and of their nodes; the price of all rows."""
-    num_ranks = layer.groups[0]
-    width = slots.size // num_ranks
-    for level in range(layer.groups.size):
-        rows = layer.row_of[level]
-        for i in range(num_touched):
-            rank = concern.touched[i]
-            row = rows[rank]
-            if level > 0 and concern.mark[row] == step:
-                continue
-            covered = figures.once[row]
-            old.row_cost[row] = figures.row_cost[row]
-            copy_row(covered, old.once[row])
-            if level == 0:
-                first = rank * width
-                cover_single(layer.bits, slots, copies.count, first, first + width, covered)
-            else:  # the rows of its ranks are new by now
-                cover_ranks(figures.once, rows, row, covered)
-            if level == 0 or differ(covered, old.once[row]):
-                concern.mark[row] = step
-                price = layer.row_prices[row]
-                figures.row_cost[row] = price * priced(covered, layer.segments, layer.token_prices)
-    cost = 0.0
-    for row in range(figures.row_cost.size):
-        cost += figures.row_cost[row]
-    return cost
+    return cost, load
 
 
 @compiled_lean
@@ -409,29 +537,63 @@ def meets_changed(copies: Any, expert: int, concern: Any) -> Any:
 
 
 @compiled_lean
-def measure_load(
-    layer: Any, copies: Any, figures: Any, old: Any, concern: Any, scratch: Any, slots: Any,
-    num_touched: int, steering: float,
-) -> Any:  # fmt: skip
-    """The price of the imbalance of all scenarios."""
+def measure_single(
+    layer: Any, copies: Any, figures: Any, old: Any, concern: Any, slots: Any, num_touched: int
+) -> None:
+    """The load of single-copy experts on touched ranks, in all scenarios."""
     width = slots.size // layer.groups[0]
-    cost = 0.0
     for scenario in range(layer.loads.shape[0]):
-        if layer.load_prices[scenario] == 0:
-            continue
         loads, single = layer.loads[scenario], figures.single[scenario]
+        copy_row(single, old.single[scenario])
         for i in range(num_touched):
             rank = concern.touched[i]
             total = 0.0
             for slot in range(rank * width, (rank + 1) * width):
                 if slots[slot] >= 0 and copies.count[slots[slot]] == 1:
                     total += loads[slots[slot]]
-            old.single[scenario, rank] = single[rank]
             single[rank] = total / layer.fair[rank]
-        load = scratch.rank_load
+
+
+@compiled_lean
+def guessed_load(
+    layer: Any, copies: Any, figures: Any, old: Any, concern: Any, rank_load: Any
+) -> Any:
+    """The price of imbalance if only changed experts counted, in equal shares for their copies."""
+    cost = 0.0
+    for scenario in range(layer.loads.shape[0]):
+        if layer.load_prices[scenario] == 0:
+            continue
+        load, believed = rank_load[scenario], figures.believed[scenario]
+        single, before = figures.single[scenario], old.single[scenario]
+        for rank in range(load.size):
+            load[rank] = believed[rank] + single[rank] - before[rank]
+        for i in range(2):
+            expert = concern.changed[i]
+            if expert < 0:
+                continue
+            whole = layer.loads[scenario, expert]
+            count, now = concern.num_were[i], copies.count[expert]
+            for place in range(count if count > 1 else 0):
+                rank = concern.were[i, place]
+                load[rank] -= whole / count / layer.fair[rank]
+            for place in range(now if now > 1 else 0):
+                rank = copies.ranks[expert, place]
+                load[rank] += whole / now / layer.fair[rank]
+        cost += layer.load_prices[scenario] * unevenness(load, layer.fair)
+    return cost
+
+
+@compiled_lean
+def measure_load(layer: Any, copies: Any, figures: Any, scratch: Any, steering: float) -> Any:
+    """The price of the imbalance of all scenarios."""
+    cost = 0.0
+    for scenario in range(layer.loads.shape[0]):
+        if layer.load_prices[scenario] == 0:
+            continue
+        load = scratch.rank_load[scenario]
         fill_load(
-            loads, single, layer.tokens, copies, figures.exclusive, layer.fair, steering,
-            scratch.split, scratch.pull, load,
+            layer.loads[scenario], figures.single[scenario], layer.tokens, copies,
+            figures.exclusive, layer.fair, steering, scratch.split, scratch.pull, load,
         )  # fmt: skip
         cost += layer.load_prices[scenario] * unevenness(load, layer.fair)
     return cost
@@ -458,8 +620,8 @@ def undo(
             row = layer.row_of[level, rank]
             figures.row_cost[row] = old.row_cost[row]
             copy_row(old.once[row], figures.once[row])
-        for scenario in range(figures.single.shape[0]):
-            figures.single[scenario, rank] = old.single[scenario, rank]
+    for scenario in range(figures.single.shape[0]):
+        copy_row(old.single[scenario], figures.single[scenario])
     for level in range(layer.groups.size):
         for i in range(concern.num_stale[level]):
             expert = concern.stale[level, i]

@@ -12,6 +12,7 @@ messages, and of moves.
   of prices, which yields a frontier per layer. A master program over these candidates says at which
   prices they trade (`solvers.selection`); the layers are annealed again, longer, around these
   prices, which is a column generation; at last an integer program picks one candidate per layer.
+  Where there is no time for that: see `solvers.hurrying`.
 - coherent: see `solvers.coherent`.
 
 Complexity: O(L x proposals x T / 64) time, O(L x E x T / 64) words. No guarantee; deterministic
@@ -27,6 +28,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from solvers import hurrying
 from solvers.budget import Budget
 from solvers.layers import Candidate, Layers, Prices, Slots, anneal, prepare
 from solvers.lending import borrowed
@@ -109,16 +111,20 @@ class Search:
             if layers.proposals >= SHORT * problem.num_experts:
                 break
         self.layers = layers
-        self.pools = [
-            [self.layers.candidate(i, self.layers.start(i, w), w) for w in self.widths(i)]
-            for i in range(problem.num_layers)
-        ]
-        self.borrow()
+        self.open(LENDERS)
         self.extend(wanted, self.layers.proposals // LADDER_SHARE)
 
-    def borrow(self) -> None:
-        """What published methods make of the problem, to go on from."""
-        names = dict.fromkeys((*(LENDERS if self.layers.replicates else ()), *self.lenders))
+    def open(self, lenders: Sequence[str]) -> None:
+        """The starting placement of each layer, and what published methods make of the problem.
+
+        Args:
+            lenders: asked where there are replicas to place; `self.lenders` always are.
+        """
+        self.pools = [
+            [self.layers.candidate(i, self.layers.start(i, w), w) for w in self.widths(i)]
+            for i in range(self.problem.num_layers)
+        ]
+        names = dict.fromkeys((*(lenders if self.layers.replicates else ()), *self.lenders))
         width = self.problem.slots_per_rank
         for placement in borrowed(self.problem, names, self.seed, self.budget):
             for layer, slots in enumerate(placement):
@@ -133,13 +139,24 @@ class Search:
         )
         return best.slots
 
-    def extend(self, wanted: Sequence[Prices], proposals: int, *, warm: bool = False) -> None:
-        """Anneal every layer under each of the prices, from the start or from what is there."""
+    def extend(
+        self,
+        wanted: Sequence[Prices],
+        proposals: int,
+        *,
+        warm: bool = False,
+        some: Sequence[int] | None = None,
+    ) -> None:
+        """Anneal layers under each of the prices, from the start or from what is there.
+
+        Args:
+            some: the layers; all of them if None.
+        """
         self.rounds += 1
         jobs = [
             (layer, width, number, price)
             for number, price in enumerate(wanted)
-            for layer in range(self.problem.num_layers)
+            for layer in (range(self.problem.num_layers) if some is None else some)
             for width in self.widths(layer)
         ]
 
@@ -185,6 +202,9 @@ class Search:
 def search_layers(layers: Layers, seed: int, budget: Budget, caps: Caps) -> list[Slots]:
     """The layers' best placements under the caps, see the module's docstring (alltoall)."""
     search = Search(layers, seed, budget)
+    if hurrying.hurries(search, caps):
+        hurrying.hurry(search, caps)
+        return search.placement(caps)
     capped = caps != Caps(floor=caps.floor)
     search.begin(caps.floor, capped)
     for number in range(ROUNDS):
@@ -192,14 +212,14 @@ def search_layers(layers: Layers, seed: int, budget: Budget, caps: Caps) -> list
     best = search.placement(caps)
     idle = 0
     while budget.seconds is not None and idle < PATIENCE and not budget.expired():
-        before = _worth(search, caps)
+        before = worth_of(search, caps)
         search.improve([caps], warm=search.rounds % 2 == 0)
-        idle = 0 if _worth(search, caps) < before - IMPROVEMENT * abs(before) else idle + 1
+        idle = 0 if worth_of(search, caps) < before - IMPROVEMENT * abs(before) else idle + 1
         best = search.placement(caps)
     return best
 
 
-def _worth(search: Search, caps: Caps) -> float:
+def worth_of(search: Search, caps: Caps) -> float:
     """Mean cost of the choice, workloads alike: falls while rounds pay."""
     chosen = choose(search.pools, search.problem, caps)
     costs = [c.traffic.mean() + caps.floor * c.imbalance.mean() for c in chosen]

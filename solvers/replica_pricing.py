@@ -71,27 +71,61 @@ def taken(left: Any, tokens: Any, segments: Any, token_prices: Any) -> Any:
 
 
 @compiled_lean
-def cover_single(bits: Any, slots: Any, count: Any, first: int, last: int, once: Any) -> None:
-    """Fill once [W]: tokens with a single-copy expert in slots first..last - 1."""
+def cover_single(
+    bits: Any, slots: Any, count: Any, first: int, width: int, once: Any, twice: Any
+) -> None:
+    """Fill once, twice [W]: tokens with one, two single-copy experts in `width` slots."""
     for w in range(once.size):
         once[w] = 0
-    for slot in range(first, last):
+        twice[w] = 0
+    for slot in range(first, first + width):
         expert = slots[slot]
         if expert >= 0 and count[expert] == 1:
-            for w in range(once.size):
-                once[w] |= bits[expert, w]
+            add_row(bits[expert], once, twice)
 
 
 @compiled_lean
-def cover_ranks(once: Any, row_of: Any, row: int, node: Any) -> None:
-    """Fill node [W]: tokens in any of the rows of once [G or more, W] whose rank's row is `row`."""
+def cover_ranks(once: Any, row_of: Any, row: int, node: Any, twice: Any) -> None:
+    """Fill node, twice [W]: tokens in one, in two of the rows of once whose rank's row is `row`."""
     for w in range(node.size):
         node[w] = 0
+        twice[w] = 0
     for rank in range(row_of.size):
         if row_of[rank] == row:
-            covered = once[rank]
-            for w in range(node.size):
-                node[w] |= covered[w]
+            add_row(once[rank], node, twice)
+
+
+@compiled_lean
+def add_row(row: Any, once: Any, twice: Any) -> None:
+    for w in range(row.size):
+        twice[w] |= once[w] & row[w]
+        once[w] |= row[w]
+
+
+@compiled_lean
+def exchange_row(once: Any, twice: Any, leaving: Any, arriving: Any, before: Any) -> None:
+    """Cover once [W] without one expert's tokens and with another's; fill before with what it was.
+
+    Args:
+        twice: [W] tokens that two experts covered.
+    """
+    for w in range(once.size):
+        covered = once[w]
+        before[w] = covered
+        once[w] = (covered & ~(leaving[w] & ~twice[w])) | arriving[w]
+
+
+@compiled_lean
+def change_row(once: Any, twice: Any, part: Any, new_part: Any, before: Any) -> Any:
+    """Likewise a union once [W] of which one part is a new one; whether that changes anything."""
+    found = np.uint64(0)
+    for w in range(once.size):
+        covered = once[w]
+        before[w] = covered
+        kept = covered & (~part[w] | twice[w]) | new_part[w]
+        once[w] = kept
+        found |= covered ^ kept
+    return found != 0
 
 
 @compiled_lean
@@ -232,7 +266,8 @@ def fill_load(
                 continue
             total = 0.0
             for i in range(count):
-                pull[i] = np.exp(steering * (lowest - rank_load[copies.ranks[expert, i]]))
+                above = rank_load[copies.ranks[expert, i]] - lowest
+                pull[i] = np.exp(-steering * above) if above > 0.0 else 1.0
                 total += pull[i]
             for i in range(count):
                 change = DAMPING * (free * pull[i] / total - split[expert, i])

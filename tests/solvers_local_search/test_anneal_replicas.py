@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from solvers import check
-from solvers.anneal import SQUARE_SHARE, pack_bits
-from solvers.anneal_replicas import anneal_layer_replicas
+from solvers.anneal import SQUARE_SHARE, pack_bits, seeded
+from solvers.anneal_replicas import anneal_layer_replicas, learn, refused
 from solvers.check_serving import serve
 from solvers.copies import common_ranks, has_copy, move_copy, new_copies
 from solvers.layers import prepare
@@ -285,3 +285,22 @@ def test_the_share_of_free_tokens_is_near_that_of_homes_which_count_for_themselv
         assert abs(served[:2] - estimate[:2]).max() < 0.25
     assert shares[8][0][0] > shares[64][0][0]
     assert shares[8][1][0] > shares[64][1][0]
+
+
+def test_the_screen_refuses_few_of_those_that_would_be_accepted():
+    rng = np.random.default_rng(0)
+    screen, state = np.array([1e300, 0.0]), seeded(1)
+    accepted = lost = unmeasured = 0
+    for step in range(1, 30001):
+        measured = rng.normal(1.0)
+        excess = measured + rng.normal(0.0, 0.5)
+        away = refused(screen, excess, state)
+        if not away:
+            learn(screen, excess, measured, step)
+        if step > 5000:
+            unmeasured += away
+            accepted += measured <= 0
+            lost += away and measured <= 0
+    assert 0.002 < lost / accepted < 0.04  # KEPT of them are to be measured
+    assert unmeasured > 8000
+    assert screen[1] == pytest.approx(0.4, abs=0.15)  # the mean of what is between the two
