@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 SHORT = 0.5  # of the usual proposals: with fewer, time is short
 # Every layer is annealed twice: for about one of FIRST_PART parts of the time, and for a share of
 # what is left then, or with MOST times the usual proposals.
-FIRST_PART, SHARE, MOST = 6, 0.9, 2
+FIRST_PART, SHARE, MOST = 6, 0.87, 2
 WARM_PART = 10  # times fewer proposals in a warm anneal
 ABOVE, BELOW = 4.0, 0.5  # times the price, of warm anneals while the cap is broken and when not
 SPEEDUP = 1.35  # of proposals in long anneals, which are colder
@@ -40,6 +40,7 @@ EASING = -0.25  # power of how many times longer anneals are with which the righ
 LENDERS = ("eplb_global",)  # whose plan keeps the cap where nothing else does
 PATIENCE = 4  # rounds of them without improvement
 BATCHES, TRUST = 12, 3  # and how many of them the price of the first time counts for
+UNDER = 0.95  # share of the excess that is allowed, to aim at
 FIRST_PRICE = 3.0  # of imbalance, in messages per token and layer
 LEAST_PRICE, MOST_SHARE = 0.05, 0.6  # the most is a share of the traffic of where it starts
 # Of the line: its usual slope, what that counts for, its limits; what a batch counts for beside the
@@ -119,7 +120,7 @@ def anneal_once(search: Search, caps: Caps, price: float, trust: float, proposal
         proposals = max(1, int(proposals / max(1.0, late)))
         found = [search.pools[layer][-1].imbalance[0] for layer in batch]
         excess.append(float(np.mean(found)) - 1)
-        learnt = np.log(next_price(tried, excess, caps.imbalance - 1))
+        learnt = np.log(next_price(tried, excess, UNDER * (caps.imbalance - 1)))
         blend = (trust * guess + len(tried) * learnt) / (trust + len(tried))
         price = min(float(np.exp(blend)), dearest)
     return price
