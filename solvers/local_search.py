@@ -61,8 +61,8 @@ class Search:
     """The candidates of every layer, found so far.
 
     Attributes:
-        lenders: solvers whose placements are candidates from the beginning, beside LENDERS where
-            there are replicas to place.
+        lenders: solvers whose placements are candidates from the beginning; by default LENDERS
+            where there are replicas to place.
     """
 
     layers: Layers
@@ -111,22 +111,17 @@ class Search:
             if layers.proposals >= SHORT * problem.num_experts:
                 break
         self.layers = layers
-        self.open(LENDERS)
+        self.open(self.lenders or (LENDERS if layers.replicates else ()))
         self.extend(wanted, self.layers.proposals // LADDER_SHARE)
 
     def open(self, lenders: Sequence[str]) -> None:
-        """The starting placement of each layer, and what published methods make of the problem.
-
-        Args:
-            lenders: asked where there are replicas to place; `self.lenders` always are.
-        """
+        """The starting placement of each layer, and those of some solvers."""
         self.pools = [
             [self.layers.candidate(i, self.layers.start(i, w), w) for w in self.widths(i)]
             for i in range(self.problem.num_layers)
         ]
-        names = dict.fromkeys((*(lenders if self.layers.replicates else ()), *self.lenders))
         width = self.problem.slots_per_rank
-        for placement in borrowed(self.problem, names, self.seed, self.budget):
+        for placement in borrowed(self.problem, lenders, self.seed, self.budget):
             for layer, slots in enumerate(placement):
                 self.pools[layer].append(self.layers.candidate(layer, slots, width))
 

@@ -82,7 +82,8 @@ def test_bound_is_never_below_the_best_of_all_placements(seed, blocks, shape, it
     proof = bound_kept(chain, Budget(), iterations)
     assert proof.kept >= best * (1 - 1e-12)
     if iterations == 60:
-        assert proof.kept <= best * 1.35 + 0.03 * chain.together.sum()
+        slack = 0.01 if experts > ranks else 0.03  # with an expert a rank nothing can be kept
+        assert proof.kept <= best * 1.35 + slack * chain.together.sum()
 
 
 @settings(max_examples=20, deadline=None)
